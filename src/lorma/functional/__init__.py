@@ -1,0 +1,40 @@
+"""The mathematics of LoRMA in eager PyTorch: tensors in, tensors out.
+
+Every function here is the reference that modules and kernels are tested against. None of them knows about modules,
+PEFT or files. Symbols: ``W0`` (d × k) is the frozen weight, ``A`` (r × n) and ``B`` (n × r) the trainable factors with
+n = d on side ``pre`` and n = k on side ``post``, ``s`` the scaling and ``M = I(BA)`` (n × n) the multiplier.
+"""
+
+from lorma.functional.algebra import compose, condition_number, invert, invert_plus, lora_form
+from lorma.functional.multiplier import (
+    INFLATIONS,
+    SIDES,
+    Inflation,
+    Side,
+    apply_multiplier,
+    delta_weight,
+    multiplier,
+    multiplier_update,
+    rotate_rows,
+    update_matrix,
+)
+from lorma.functional.start import init_factors
+
+__all__ = [
+    "INFLATIONS",
+    "SIDES",
+    "Inflation",
+    "Side",
+    "apply_multiplier",
+    "compose",
+    "condition_number",
+    "delta_weight",
+    "init_factors",
+    "invert",
+    "invert_plus",
+    "lora_form",
+    "multiplier",
+    "multiplier_update",
+    "rotate_rows",
+    "update_matrix",
+]

@@ -1,0 +1,116 @@
+"""What can be done with multipliers besides applying them: undo, join, and rewrite as LoRA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorma.functional.multiplier import (
+    Inflation,
+    Side,
+    check_factors,
+    check_fits,
+    check_inflation,
+    check_side,
+    multiplier,
+)
+
+
+def _core(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``I_r + s·AB`` (…, r, r): regular exactly when ``I + s·BA`` is."""
+    return torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) + scaling * (A @ B)
+
+
+def condition_number(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
+    """2-norm condition number of the matrix that has to be solved to undo the multiplier; shape (…).
+
+    For ``plus`` that is ``I_r + s·AB`` (r × r), for the others the n × n multiplier. Infinite when singular, which the
+    multiplier of ``none`` always is for r < n. Computed in at least float32.
+    """
+    check_factors(A, B)
+    check_inflation(inflation)
+    A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
+    matrix = _core(A, B, scaling) if inflation == "plus" else multiplier(A, B, scaling, inflation)
+    if inflation == "none" and A.shape[-2] < A.shape[-1]:
+        return torch.full(matrix.shape[:-2], torch.inf, dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.cond(matrix)
+
+
+def invert_plus(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Factors of the inverse: ``(I + s·BA)⁻¹ = I + s·B'A'`` with ``A' = −(I_r + s·AB)⁻¹A``, ``B' = B``.
+
+    An r × r solve (the Woodbury identity); the inverse of a LoRMA₊ multiplier is again one, of the same rank and
+    scaling. Returns (A', B'), shapes (…, r, n) and (…, n, r).
+
+    Raises:
+        ValueError: if the shapes do not fit.
+        torch.linalg.LinAlgError: if I_r + s·AB is singular.
+    """
+    check_factors(A, B)
+    return -torch.linalg.solve(_core(A, B, scaling), A), B
+
+
+def invert(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
+    """The inverse of the multiplier in full, shape (…, n, n).
+
+    ``plus`` goes through :func:`invert_plus`; ``permutation`` and ``none`` are an n × n inverse.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``inflation`` is unknown, or if ``none`` has r < n (rank r: no inverse).
+        torch.linalg.LinAlgError: if the multiplier is singular.
+    """
+    n = check_factors(A, B)
+    check_inflation(inflation)
+    if inflation == "plus":
+        return multiplier(*invert_plus(A, B, scaling), scaling, "plus")
+    if inflation == "none" and A.shape[-2] < n:
+        raise ValueError(f"inflation='none' with r = {A.shape[-2]} < n = {n} has no inverse: its rank is at most r")
+    return torch.linalg.inv(multiplier(A, B, scaling, inflation))
+
+
+def compose(
+    first: tuple[Tensor, Tensor, float], second: tuple[Tensor, Tensor, float], side: Side = "pre"
+) -> tuple[Tensor, Tensor]:
+    """One LoRMA₊ multiplier of rank r₁ + r₂ that equals ``first`` and then ``second`` on W0.
+
+    pre: ``(I + s₂B₂A₂)(I + s₁B₁A₁)·W0 = (I + BA)·W0`` with ``B = [s₂B₂, s₁B₁]`` and
+    ``A = [A₂ + s₁(A₂B₁)A₁ ; A₁]``. post: ``W0·(I + s₁B₁A₁)(I + s₂B₂A₂)``, the same with the two exchanged.
+
+    Args:
+        first, second: ``(A, B, scaling)`` each, of one n.
+        side: which side of W0 the multipliers stand on.
+
+    Returns:
+        (A, B) of shapes (…, r₁ + r₂, n) and (…, n, r₁ + r₂); the scaling is 1.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``side`` is unknown.
+    """
+    check_side(side)
+    (A1, B1, s1), (A2, B2, s2) = (first, second) if side == "pre" else (second, first)
+    n1, n2 = check_factors(A1, B1), check_factors(A2, B2)
+    if n1 != n2:
+        raise ValueError(f"both multipliers must have the same n; got {n1} and {n2}")
+    A = torch.cat((A2 + s1 * (A2 @ B1) @ A1, A1), dim=-2)
+    B = torch.cat((s2 * B2, s1 * B1), dim=-1)
+    return A, B
+
+
+def lora_form(weight: Tensor, A: Tensor, B: Tensor, scaling: float, side: Side = "pre") -> tuple[Tensor, Tensor]:
+    """LoRMA₊ as a LoRA of the same rank, exactly: ``ΔW = B'A'``.
+
+    pre: ``A' = A·W0``, ``B' = s·B``; post: ``A' = A``, ``B' = s·W0·B``.
+
+    Args:
+        weight: W0, shape (…, d, k).
+        A, B, scaling: the LoRMA₊ factors, n = d for ``pre`` and n = k for ``post``.
+        side: which side the multiplier stands on.
+
+    Returns:
+        (A', B') of shapes (…, r, k) and (…, d, r), for a LoRA scaling of 1.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``side`` is unknown.
+    """
+    check_fits(weight, check_factors(A, B), side)
+    return (A @ weight, scaling * B) if side == "pre" else (A, scaling * (weight @ B))

@@ -1,0 +1,73 @@
+"""Checks of configuration values: each raises naming the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lorma.errors import did_you_mean
+
+
+def check_rank(name: str, value: Any) -> None:
+    """A rank is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int of at least 1, not {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be an int of at least 1")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    """An alpha is a finite number above 0: the scaling alpha / r appears under a square root."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a finite number above 0, not {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value} must be a finite number above 0")
+
+
+def check_dropout(name: str, value: Any) -> None:
+    """A dropout probability lies in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number in [0, 1), not {type(value).__name__}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value} must lie in [0, 1)")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """One of a fixed set of strings."""
+    allowed = tuple(allowed)
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r} must be one of {', '.join(allowed)}, not {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(
+            f"{name}={value!r} is not allowed; choose one of {', '.join(allowed)}{did_you_mean(value, allowed)}"
+        )
+
+
+def check_bool(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be true or false, not {type(value).__name__}")
+
+
+def check_names(name: str, value: Any, *, pattern: bool = True) -> None:
+    """None, a collection of strings, or (with ``pattern``) one string."""
+    if value is None or (pattern and isinstance(value, str)):
+        return
+    kinds = "a string or a list of strings" if pattern else "a list of strings"
+    if isinstance(value, (list, tuple, set)):
+        wrong = [entry for entry in value if not isinstance(entry, str)]
+        if not wrong:
+            return
+        raise TypeError(f"{name} must be {kinds}; it holds {wrong[0]!r}")
+    raise TypeError(f"{name}={value!r} must be {kinds}, not {type(value).__name__}")
+
+
+def check_pattern(name: str, value: Any, check: Any) -> None:
+    """A dict from module names (or regular expressions) to values that ``check`` accepts."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}={value!r} must be a dict from module names to values, not {type(value).__name__}")
+    for key, entry in value.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{name} has the key {key!r}; keys must be module names or regular expressions")
+        check(f"{name}[{key!r}]", entry)

@@ -1,0 +1,131 @@
+"""What a configuration accepts, and how it refuses the rest."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+
+import lorma
+from lorma import LormaConfig, LormaModel
+from lorma.tuners.registration import extend_peft_type, register
+
+
+def test_defaults_are_the_contact_points():
+    config = LormaConfig()
+    assert (config.r, config.lorma_alpha, config.lorma_dropout) == (8, 8, 0.0)
+    assert (config.inflation, config.side, config.bias) == ("plus", "pre", "none")
+    assert config.init_weights is True
+    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        assert getattr(config, name) is False
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "fused_projections"):
+        assert getattr(config, name) is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("r", 0, ValueError, "r=0 must be an int of at least 1"),
+        ("r", -3, ValueError, "r=-3 must be an int"),
+        ("r", 2.5, TypeError, "r=2.5 must be an int of at least 1, not float"),
+        ("r", "8", TypeError, "r='8' must be an int of at least 1, not str"),
+        ("r", True, TypeError, "r=True must be an int"),
+        ("lorma_alpha", math.inf, ValueError, "lorma_alpha=inf must be a finite number above 0"),
+        ("lorma_alpha", math.nan, ValueError, "lorma_alpha=nan must be a finite number above 0"),
+        ("lorma_alpha", 0, ValueError, "lorma_alpha=0 must be a finite number above 0"),
+        ("lorma_alpha", "8", TypeError, "lorma_alpha='8' must be a finite number"),
+        ("lorma_dropout", 1.0, ValueError, r"lorma_dropout=1.0 must lie in \[0, 1\)"),
+        ("lorma_dropout", -0.1, ValueError, r"lorma_dropout=-0.1 must lie in \[0, 1\)"),
+        ("lorma_dropout", math.nan, ValueError, r"lorma_dropout=nan must lie in \[0, 1\)"),
+        ("lorma_dropout", "0", TypeError, "lorma_dropout='0' must be a number"),
+        ("inflation", "pluss", ValueError, "inflation='pluss' is not allowed.*did you mean 'plus'"),
+        ("inflation", None, TypeError, "inflation=None must be one of plus, permutation, none"),
+        ("side", "left", ValueError, "side='left' is not allowed; choose one of pre, post, auto"),
+        ("bias", "lora_only", ValueError, "bias='lora_only' is not allowed.*'lorma_only'"),
+        ("use_rslora", "yes", TypeError, "use_rslora='yes' must be true or false"),
+        ("init_weights", 1, TypeError, "init_weights=1 must be true or false"),
+        ("target_modules", 3, TypeError, "target_modules=3 must be a string or a list of strings"),
+        ("target_modules", ["q", 3], TypeError, "target_modules must be .*; it holds 3"),
+        ("modules_to_save", "head", TypeError, "modules_to_save='head' must be a list of strings"),
+        ("layers_to_transform", "1", TypeError, "layers_to_transform='1' must be a layer index"),
+        ("rank_pattern", {"q": 0}, ValueError, r"rank_pattern\['q'\]=0 must be an int of at least 1"),
+        ("rank_pattern", [1], TypeError, r"rank_pattern=\[1\] must be a dict"),
+        ("rank_pattern", {1: 1}, TypeError, "rank_pattern has the key 1"),
+        ("alpha_pattern", {"q": math.inf}, ValueError, r"alpha_pattern\['q'\]=inf must be a finite number"),
+        ("use_dora", True, ValueError, "use_dora=True is not supported yet"),
+        ("target_parameters", ["experts.w"], ValueError, "target_parameters=.* is not supported yet"),
+        ("fused_projections", {"c_attn": {}}, ValueError, "fused_projections=.* is not supported yet"),
+    ],
+)
+def test_bad_values_are_named(argument, value, error, message):
+    with pytest.raises(error, match=message):
+        LormaConfig(**{argument: value})
+
+
+def test_layer_selection_needs_names():
+    with pytest.raises(ValueError, match="`layers_to_transform` cannot be used when `target_modules` is a str"):
+        LormaConfig(target_modules="query", layers_to_transform=[1])
+    with pytest.raises(ValueError, match="When `layers_pattern` is specified"):
+        LormaConfig(target_modules=["query"], layers_pattern="layer")
+
+
+def test_round_trip_through_json(tmp_path):
+    config = LormaConfig(r=4, inflation="permutation", side="auto", target_modules=["q", "v"], rank_pattern={"q": 2})
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORMA"
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_a_wrong_type_in_adapter_config_json_is_named(tmp_path):
+    LormaConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": "eight"}))
+    with pytest.raises(TypeError, match="r='eight' must be an int of at least 1"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_peft_knows_the_method():
+    assert PeftType("LORMA") is PeftType.LORMA
+    assert PeftType.LORMA in list(PeftType)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORMA] is LormaConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["LORMA"] is LormaModel
+    assert extend_peft_type("LORMA") is PeftType.LORMA
+    register("lorma", LormaConfig, LormaModel)
+    with pytest.raises(RuntimeError, match="'lora' is taken by"):
+        register("lora", LormaConfig, LormaModel)
+
+
+IMPORT_COST = """
+import time, peft
+start = time.perf_counter()
+import lorma, sys
+heavy = [name for name in ("triton", "matplotlib", "ray", "datasets", "typer", "pandas") if name in sys.modules]
+before = set(heavy) & set(sys.argv[1].split(","))
+print(time.perf_counter() - start, ",".join(heavy))
+"""
+
+
+def test_import_adds_little_to_peft():
+    alone = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, peft; print(','.join(n for n in ('triton', 'datasets') if n in sys.modules))",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    out = subprocess.run(
+        [sys.executable, "-c", IMPORT_COST, alone], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert float(out[0]) < 0.3
+    assert ("" if len(out) == 1 else out[1]) == alone
+
+
+def test_version():
+    assert lorma.__version__.count(".") == 2

@@ -1,0 +1,120 @@
+"""Adapter files and models that do not fit: refused by name, before anything is computed with them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import adapted
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lorma import LormaConfig
+
+
+@pytest.fixture
+def folder(mlp, tmp_path):
+    adapted(mlp).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_truncated_file(mlp, folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is truncated or not a safetensors file"):
+        PeftModel.from_pretrained(mlp, folder)
+    path.write_bytes(b"PK\x03\x04 something else altogether")
+    with pytest.raises(ValueError, match="is truncated or not a safetensors file"):
+        PeftModel.from_pretrained(mlp, folder)
+
+
+def test_weights_of_another_method(mlp, folder, tmp_path_factory):
+    lora = tmp_path_factory.mktemp("lora")
+    get_peft_model(copy.deepcopy(mlp), LoraConfig(target_modules=["up"])).save_pretrained(lora)
+    (folder / "adapter_model.safetensors").write_bytes((lora / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="holds no LoRMA weights.*lora_A"):
+        PeftModel.from_pretrained(mlp, folder)
+
+
+def test_shapes_that_do_not_fit_name_layer_expected_and_found(mlp, folder):
+    other = copy.deepcopy(mlp)
+    other.up, other.gate = nn.Linear(6, 9), nn.Linear(6, 9)
+    other.conv.weight = nn.Parameter(torch.zeros(9, 6))
+    with pytest.raises(ValueError, match=r"up.lorma_A.default should have shape \(8, 9\), found \(8, 10\)"):
+        PeftModel.from_pretrained(other, folder)
+
+
+def test_missing_and_foreign_tensors(mlp, folder):
+    rewrite(folder, lambda tensors: tensors.pop("base_model.model.up.lorma_B"))
+    with pytest.raises(ValueError, match=r"no weights for base_model.model.up.lorma_B.default \(10, 8\)"):
+        PeftModel.from_pretrained(copy.deepcopy(mlp), folder)
+    adapted(mlp).save_pretrained(folder)
+    rewrite(folder, lambda tensors: tensors.update({"base_model.model.down.lorma_A": torch.zeros(2, 2)}))
+    with pytest.raises(ValueError, match="holds base_model.model.down.lorma_A, which the adapted model does not have"):
+        PeftModel.from_pretrained(copy.deepcopy(mlp), folder)
+
+
+def test_safe_merge_refuses_nan_and_changes_nothing(mlp):
+    model = adapted(mlp)
+    weights = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    model.base_model.model.conv.lorma_B["default"].data[0, 0] = torch.nan
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            ValueError, match="NaNs detected in lorma_B of conv. The adapter default seems to be broken"
+        ):
+            merge(safe_merge=True)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights of conv"):
+        model.base_model.model.conv.merge(safe_merge=True)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
+    assert not model.base_model.model.up.merged
+
+
+def test_quantised_weights_are_not_merged_silently(mlp):
+    model = adapted(mlp, target_modules=["up"])
+    layer = model.base_model.model.up
+    layer.base_layer.weight = nn.Parameter(torch.zeros(10, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="the weight of up is stored as torch.int8; merging needs a floating-point"):
+        layer.merge()
+
+
+def test_targets_that_match_nothing_list_the_closest_names(bert, mlp):
+    with pytest.raises(ValueError, match=r"Target modules \{'qeury'\} not found.*Closest names in this model: query"):
+        get_peft_model(bert, LormaConfig(target_modules=["qeury"]))
+    with pytest.raises(ValueError, match="Closest names in this model: conv, gate, head, up"):
+        get_peft_model(mlp, LormaConfig(target_modules=["attention.wq"]))
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(mlp, LormaConfig())
+
+
+def test_unsupported_kinds_are_named(bert):
+    with pytest.raises(ValueError, match=r"word_embeddings \(Embedding\) is not supported"):
+        get_peft_model(copy.deepcopy(bert), LormaConfig(target_modules=["word_embeddings"]))
+    encoder = nn.TransformerEncoderLayer(8, 2)
+    with pytest.raises(ValueError, match=r"self_attn.out_proj belongs to nn.MultiheadAttention"):
+        get_peft_model(encoder, LormaConfig(target_modules=["self_attn.out_proj"]))
+
+
+def test_fan_in_fan_out_on_a_linear_layer_is_said_to_be_ignored(mlp):
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True but up is a Linear"):
+        get_peft_model(mlp, LormaConfig(target_modules=["up"], fan_in_fan_out=True))
+
+
+def test_adapter_config_of_an_unknown_inflation(mlp, folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inflation": "cyclic"}))
+    with pytest.raises(ValueError, match="inflation='cyclic' is not allowed"):
+        PeftModel.from_pretrained(mlp, folder)
+
+
+def test_mixed_batches_are_refused_for_now(bert):
+    model = get_peft_model(bert, LormaConfig()).eval()
+    with pytest.raises(ValueError, match="adapter_names: a batch of several adapters is not supported yet"):
+        model.base_model.model.bert.encoder.layer[0].attention.self.query(torch.zeros(1, 32), adapter_names=["default"])
