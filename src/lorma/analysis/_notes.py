@@ -1,0 +1,86 @@
+"""The sentences under a table: what the columns are, and what the numbers do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lorma.analysis import _format as show
+from lorma.analysis.runs import Run
+
+if TYPE_CHECKING:
+    from lorma.analysis.table import Row
+
+
+def table_notes(runs: Sequence[Run], rows: Sequence[Row], baseline: str) -> list[str]:
+    """Notes for the table of ``rows``, made from ``runs``; ``baseline`` is the method compared against."""
+    metric, greater = runs[0].summary["primary_metric"], runs[0].summary["greater_is_better"]
+    base = next((row for row in rows if row.method == baseline), None)
+    notes = [f"{'Higher' if greater else 'Lower'} {metric} is better; it is measured after the last training step."]
+    notes += _seed_notes(rows)
+    if base is not None:
+        notes += _gap_note(rows, base, metric, greater)
+    notes += _definitions(base is not None)
+    return notes + _caveats(runs, base is not None)
+
+
+def _seed_notes(rows: Sequence[Row]) -> list[str]:
+    single = [row.method for row in rows if len(row.seeds) == 1]
+    if len(single) == len(rows):
+        if len(rows) == 1:
+            return ["One seed: no standard deviation is given."]
+        return ["One seed per method: differences of this size can be chance; no standard deviation is given."]
+    notes = ["± is the sample standard deviation over seeds."]
+    if single:
+        notes.append(f"Only one seed for {show.listing(single)}: no standard deviation is given there.")
+    return notes
+
+
+def _gap_note(rows: Sequence[Row], base: Row, metric: str, greater: bool) -> list[str]:
+    """Whether the best other method and the baseline differ by more than the seeds do."""
+    others = [row for row in rows if row is not base and row.metric_mean is not None]
+    if not others or base.metric_mean is None:
+        return []
+    best = (max if greater else min)(others, key=lambda row: row.metric_mean or 0.0)
+    if best.metric_mean is None or best.metric_sd is None or base.metric_sd is None:
+        return []
+    gap, spread = best.metric_mean - base.metric_mean, max(best.metric_sd, base.metric_sd)
+    what = f"{show.metric(abs(gap))} {'above' if gap > 0 else 'below'} LoRA in {metric}" if gap else "level with LoRA"
+    verdict = "more" if abs(gap) > spread else "not more"
+    tail = "." if abs(gap) > spread else ", so these seeds do not separate the two."
+    return [
+        f"The best method besides LoRA, {best.method}, is {what}: {verdict} than the larger of the two standard "
+        f"deviations ({show.metric(spread)}){tail}"
+    ]
+
+
+def _definitions(has_baseline: bool) -> list[str]:
+    notes = [
+        "Trainable counts every parameter that training changes, a new task head included; Adapter counts the "
+        "method's own.",
+        "Loss AUC is the area under the training-loss curve over optimizer steps (trapezoidal rule, loss × steps); "
+        "smaller means faster convergence.",
+    ]
+    if has_baseline:
+        notes.append("AUC vs LoRA is the change of that area; negative means a smaller area than LoRA's.")
+        notes.append(
+            "Steps to LoRA's loss is the first step at which the moving mean of the training loss is at or below the "
+            "final loss of the LoRA run with the same seed; the window is one twentieth of LoRA's logged points."
+        )
+    return [*notes, "Time is the mean over seeds and Peak memory the largest."]
+
+
+def _caveats(runs: Sequence[Run], has_baseline: bool) -> list[str]:
+    notes = []
+    spans = {(run.steps[0], run.steps[-1]) for run in runs}
+    if len(spans) > 1:
+        notes.append(
+            "The loss curves do not span the same steps, so their areas are not comparable"
+            + ("; the change against LoRA is given only where they do." if has_baseline else ".")
+        )
+    if diverged := [f"{run.method} (seed {run.seed})" for run in runs if run.diverged]:
+        notes.append(f"The training loss stopped being a finite number in {show.listing(diverged)}; no area is given.")
+    devices = list(dict.fromkeys(str(run.summary.get("device") or "unknown") for run in runs))
+    if len(devices) > 1:
+        notes.append(f"The runs used different devices ({'; '.join(devices)}); time and memory are not comparable.")
+    return notes

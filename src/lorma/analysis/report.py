@@ -1,0 +1,118 @@
+"""One self-contained HTML page, with the table and figure it shows also as files beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lorma.analysis import _format as show
+from lorma.analysis.figures import loss_curves
+from lorma.analysis.runs import Run
+from lorma.analysis.table import Table, build_table
+from lorma.errors import InputError
+
+
+def write_report(runs: Sequence[Run], out_dir: str | os.PathLike[str], title: str) -> Path:
+    """Write ``index.html``, ``table.md``, ``table.json``, ``loss.png`` and ``loss.svg`` into ``out_dir``.
+
+    All five are made in a temporary directory beside ``out_dir`` and moved in when the last one is complete, so a
+    failure leaves an earlier report as it was. Other files in ``out_dir`` stay.
+
+    Returns:
+        The path of ``index.html``.
+
+    Raises:
+        InputError: as :func:`build_table` and :func:`loss_curves`, or ``out_dir`` is a file.
+    """
+    target = Path(out_dir).resolve()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"out_dir={str(out_dir)!r} is a file; give a directory")
+    table = build_table(runs)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _, svg = loss_curves(runs, work)
+        (work / "table.md").write_text(table.to_markdown(), encoding="utf-8")
+        raw = json.dumps(table.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
+        (work / "table.json").write_text(raw + "\n", encoding="utf-8")
+        (work / "index.html").write_text(_page(runs, table, svg, target, title), encoding="utf-8")
+        target.mkdir(exist_ok=True)
+        for name in ("loss.png", "loss.svg", "table.md", "table.json", "index.html"):
+            os.replace(work / name, target / name)
+    finally:
+        shutil.rmtree(work)
+    return Path(out_dir) / "index.html"
+
+
+def _page(runs: Sequence[Run], table: Table, svg: Path, target: Path, title: str) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = files("lorma.analysis").joinpath("report.html.j2").read_text(encoding="utf-8")
+    header, rows = table.cells()
+    metrics = _distinct(name for run in runs for name in run.summary["final_metrics"])
+    return environment.from_string(source).render(
+        title=title,
+        setting=_setting(runs, table),
+        header=header,
+        rows=rows,
+        notes=table.notes,
+        figure=base64.b64encode(svg.read_bytes()).decode("ascii"),
+        caption=_caption(table),
+        metrics=metrics,
+        runs=[_run_entry(run, target, metrics) for run in runs],
+        versions=_distinct(_versions(run) for run in runs),
+        devices=_devices(runs),
+    )
+
+
+def _setting(runs: Sequence[Run], table: Table) -> list[tuple[str, str]]:
+    steps = [f"{count:,}" for count in sorted({run.summary["steps"] for run in runs})]
+    setting = [
+        ("Model", table.model),
+        ("Task", table.task),
+        ("Seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))),
+        ("Steps", " / ".join(steps)),
+    ]
+    devices = _devices(runs)
+    return [*setting, ("Device", "; ".join(devices))] if devices else setting
+
+
+def _caption(table: Table) -> str:
+    several = [len(row.seeds) > 1 for row in table.rows]
+    if all(several):
+        behind = "The band is the range over seeds."
+    elif any(several):
+        behind = "The band is the range over seeds; where there is one seed, the thin line is the loss as logged."
+    else:
+        behind = "The thin line is the loss as logged."
+    mark = " The dotted line is LoRA's final loss." if table.has_baseline else ""
+    return f"Training loss against optimizer step, one line per method. {behind}{mark}"
+
+
+def _run_entry(run: Run, target: Path, metrics: list[str]) -> dict[str, Any]:
+    return {
+        "path": Path(os.path.relpath(run.path.resolve(), target)).as_posix(),
+        "method": run.method,
+        "seed": run.seed,
+        "metrics": [show.metric(run.summary["final_metrics"].get(name)) for name in metrics],
+    }
+
+
+def _versions(run: Run) -> str:
+    return ", ".join(f"{name} {version}" for name, version in (run.summary.get("versions") or {}).items())
+
+
+def _devices(runs: Sequence[Run]) -> list[str]:
+    return _distinct(run.summary.get("device") for run in runs)
+
+
+def _distinct(values: Any) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in values if value))

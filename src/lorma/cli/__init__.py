@@ -1,0 +1,72 @@
+"""The ``lorma`` command. One file a subcommand: parse, call, print. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lorma._version import __version__
+from lorma.cli import compare, evaluate, methods, predict, report, train
+from lorma.errors import InputError
+
+app = typer.Typer(
+    name="lorma",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models by multiplying their weights (LoRMA), beside LoRA and full fine-tuning.",
+    epilog="Exit codes: 0 done; 1 the work failed; 2 the command, recipe or data is wrong.",
+)
+for module in (train, compare, predict, evaluate, report, methods):
+    module.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"lorma {__version__}")
+        raise typer.Exit
+    if not debug:
+        _quieten()
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit code."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.insert(1, sys.argv.pop(sys.argv.index("--debug")))
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        app()
+    except InputError as error:
+        if debug:
+            raise
+        errors.print(f"lorma: {error}", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("lorma: interrupted; the same command goes on from the last checkpoint")
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split()) or "no message"
+        errors.print(
+            f"lorma: failed: {type(error).__name__}: {reason} (--debug shows more)", markup=False, highlight=False
+        )
+        sys.exit(1)
+
+
+def _quieten() -> None:
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,57 @@
+"""What several subcommands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from lorma.analysis import Table
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe such as quickstart.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. train.learning_rate=5e-4 adapter.r=16."
+    ),
+]
+
+
+def silence_libraries() -> None:
+    """Turn off transformers' loading bars and chatter; recipes are checked before this costs its import."""
+    import os
+
+    if os.environ.get("TRANSFORMERS_VERBOSITY") == "error":
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def split_list(text: str | None) -> list[str] | None:
+    """``"a,b"`` → ``["a", "b"]``; None stays None."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def print_table(console: Console, table: Table) -> None:
+    """A comparison table and the notes under it."""
+    header, rows = table.cells()
+    shown = RichTable(title=f"{table.task} · {table.model}", title_justify="left")
+    for position, name in enumerate(header):
+        shown.add_column(name, justify="left" if position == 0 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    for note in table.notes:
+        console.print(f"- {note}", highlight=False)
+
+
+def print_report_place(console: Console, index: Path) -> None:
+    """Say where a report is."""
+    console.print(f"Report: {index}", highlight=False, soft_wrap=True)

@@ -1,0 +1,63 @@
+"""``lorma compare``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lorma.cli.common import OverridesArgument, RecipeArgument, print_report_place, print_table, split_list
+from lorma.errors import InputError
+
+
+def register(app: typer.Typer) -> None:
+    app.command("compare", help="Train a recipe with several methods and seeds; print one table, write a report.")(
+        compare
+    )
+
+
+def compare(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated; see `lorma methods`. Default: the recipe's compare.methods."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Comma-separated, e.g. 0,1,2. Default: the recipe's compare.seeds.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train finished runs anew instead of skipping them.")
+    ] = False,
+    launcher: Annotated[str | None, typer.Option(help="Start each run with this, e.g. 'accelerate launch'.")] = None,
+) -> None:
+    from lorma.analysis import build_table, load_run, write_report
+    from lorma.training.compare import compare as run_comparison
+
+    console = Console()
+    result = run_comparison(
+        recipe,
+        overrides or [],
+        methods=split_list(methods),
+        seeds=_seeds(seeds),
+        overwrite=overwrite,
+        launcher=launcher,
+        console=console,
+    )
+    if result.finished:
+        runs = [load_run(path) for path in result.finished]
+        print_table(console, build_table(runs))
+        print_report_place(console, write_report(runs, result.output / "report", title=f"Comparison: {recipe}"))
+    if result.failed:
+        console.print(f"Failed, and not in the table: {', '.join(result.failed)}", highlight=False)
+        raise typer.Exit(1)
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    parts = split_list(text)
+    if parts is None:
+        return None
+    if not parts or not all(part.isdigit() for part in parts):
+        raise InputError(f"--seeds={text!r} must be whole numbers from 0, separated by commas")
+    return [int(part) for part in parts]

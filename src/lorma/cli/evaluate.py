@@ -1,0 +1,24 @@
+"""``lorma evaluate``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorma.cli.common import silence_libraries
+
+
+def register(app: typer.Typer) -> None:
+    app.command("evaluate", help="Measure a finished run again on its evaluation rows, from the saved weights.")(
+        evaluate
+    )
+
+
+def evaluate(run_dir: Annotated[str, typer.Argument(help="The directory of a finished run.")]) -> None:
+    silence_libraries()
+    from lorma.training.inference import evaluate as measure
+    from lorma.training.rundir import RunDirectory
+
+    for name, value in measure(RunDirectory(run_dir)).items():
+        typer.echo(f"{name}\t{value:.6g}")

@@ -1,0 +1,24 @@
+"""``lorma methods``."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def register(app: typer.Typer) -> None:
+    app.command("methods", help="The methods a recipe can name, with equation, parameters of a d × k weight, source.")(
+        methods
+    )
+
+
+def methods() -> None:
+    from lorma.training.methods import METHODS
+
+    table = Table()
+    for column in ("method", "adapted weight", "parameters", "source"):
+        table.add_column(column)
+    for method in METHODS.values():
+        table.add_row(method.name, method.equation, method.parameters, method.source)
+    Console().print(table)

@@ -1,0 +1,63 @@
+"""``lorma predict``."""
+
+from __future__ import annotations
+
+import json
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorma.cli.common import silence_libraries
+from lorma.errors import InputError
+
+
+def register(app: typer.Typer) -> None:
+    app.command("predict", help="Classify, rate or complete texts with a finished run or an adapter folder.")(predict)
+
+
+def predict(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, or its adapter folder.")],
+    text: Annotated[list[str] | None, typer.Option(help="A text; repeat for several.")] = None,
+    text_pair: Annotated[
+        list[str] | None, typer.Option(help="The second text of each pair, for adapters trained on pairs.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A .txt file (a text a line) or a table with the training columns.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 128,
+) -> None:
+    if bool(text) == bool(file):
+        raise InputError("give either --text or --file")
+    if text_pair and len(text_pair) != len(text or []):
+        raise InputError(f"--text-pair is given {len(text_pair)} times and --text {len(text or [])} times")
+    silence_libraries()
+    from lorma.tasks import input_columns, read_prediction_rows, text_row
+    from lorma.training.inference import load_predictor
+    from lorma.training.rundir import write_atomic
+
+    predictor = load_predictor(source)
+    if file:
+        rows = read_prediction_rows(file, predictor.meta)
+    else:
+        rows = [text_row(predictor.meta, *pair) for pair in zip_longest(text or [], text_pair or [])]
+    answers = predictor.predict(rows, max_new_tokens)
+    inputs = list(input_columns(predictor.meta).values())
+    if output:
+        lines = [
+            json.dumps({**{column: row[column] for column in inputs}, **answer}, ensure_ascii=False)
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        write_atomic(output, "\n".join(lines) + "\n")
+        typer.echo(f"{len(lines)} answers in {output}")
+        return
+    for row, answer in zip(rows, answers, strict=True):
+        if "completion" in answer:
+            typer.echo(answer["completion"])
+        else:
+            shown = "\t".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in answer.values())
+            typer.echo(f"{shown}\t{' | '.join(str(row[column]) for column in inputs)}")

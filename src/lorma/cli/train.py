@@ -1,0 +1,42 @@
+"""``lorma train``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lorma.cli.common import OverridesArgument, RecipeArgument, silence_libraries
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train", help="Train one recipe into a run directory; the same command resumes an unfinished run.")(
+        train
+    )
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what is in the output directory.")] = False,
+    usage: Annotated[bool, typer.Option(help="Print the lines of Python that use the adapter.")] = True,
+) -> None:
+    from lorma.training.recipe import load_recipe
+    from lorma.training.rundir import RunDirectory
+
+    loaded = load_recipe(recipe, overrides)
+    RunDirectory(loaded.output).check(loaded, overwrite)
+    silence_libraries()
+    from accelerate import PartialState
+
+    from lorma.training.inference import usage_lines
+    from lorma.training.run import train as train_recipe
+
+    console = Console(quiet=not PartialState().is_main_process)
+    run = train_recipe(loaded, overwrite=overwrite, console=console)
+    if usage:
+        console.print(f"Finished: {run.path}. To use it from Python:", highlight=False, soft_wrap=True)
+        for line in usage_lines(run):
+            console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"or from here: lorma predict {run.path} --text '…'", highlight=False, soft_wrap=True)

@@ -1,0 +1,161 @@
+"""Language models: continue a prompt, answer in a chat, or go on in the manner of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorma.errors import InputError
+from lorma.tasks.base import Meta, Prepared, Row, Task, check_length, reject_fields, set_padding, tokenise
+from lorma.tasks.chat import assistant_spans, check_messages, encode_chats, render
+from lorma.tasks.spec import DataSpec
+from lorma.tasks.table import Rows, load_splits
+from lorma.tasks.text_input import cell_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+NO_LOSS = -100
+
+
+class CausalLM(Task):
+    """Causal language modelling on one of three kinds of rows.
+
+    * ``data.prompt`` + ``data.completion``: two text columns, joined as they are. The loss is on the completion and
+      the end-of-sequence token after it. Prompt and completion are tokenised apart, as they are in use.
+    * ``data.messages``: a column of lists of ``{"role", "content"}``, rendered by the tokenizer's chat template. The
+      loss is on what the assistant says, its end marks included.
+    * ``data.text`` (default ``text``): plain text, closed by an end-of-sequence token. The loss is on every token.
+
+    Rows are cut after ``data.max_length`` tokens. A row with no loss left in it is dropped; ``meta`` counts them as
+    ``dropped_train`` and ``dropped_eval``.
+    """
+
+    name = "causal-lm"
+    peft_task_type = "CAUSAL_LM"
+    auto_model = "AutoModelForCausalLM"
+    primary_metric = "loss"
+    greater_is_better = False
+
+    def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+        """See :meth:`Task.prepare`; ``labels`` holds one token id, or −100, for each of ``input_ids``."""
+        from transformers import DataCollatorForSeq2Seq
+
+        allowed = "prompt + completion, messages or text"
+        reject_fields(spec, self.name, ("text_pair", "label", "labels"), allowed)
+        check_length(spec, tokenizer)
+        set_padding(tokenizer)
+        tokenizer.padding_side = "right"
+        meta = _describe(spec)
+        splits = load_splits(spec)
+        train, held = (_tokenised(rows, meta, tokenizer) for rows in (splits.train, splits.eval))
+        meta = {
+            **meta,
+            "train_rows": len(train),
+            "eval_rows": len(held),
+            "dropped_train": len(splits.train.numbers) - len(train),
+            "dropped_eval": len(splits.eval.numbers) - len(held),
+        }
+        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS)
+        return Prepared(train, held, collator, None, self.model_kwargs(meta, tokenizer), meta)
+
+    def model_kwargs(self, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Nothing: the model is used as published."""
+        return {}
+
+    def encode(self, rows: Sequence[Row], meta: Meta, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+        """See :meth:`Task.encode`: prompts padded on the left and never cut, ready for ``generate``."""
+        set_padding(tokenizer)
+        if not rows:
+            raise InputError("there are no rows to predict")
+        prompts = [_prompt_ids([prompt_text(row, meta, tokenizer)], meta, tokenizer)[0] for row in rows]
+        return tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+
+
+def prompt_text(row: Row, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model is to continue: the row's prompt or text, or its messages rendered up to the assistant's turn."""
+    if meta["format"] == "messages":
+        place = f"column {meta['messages']!r} of a row to predict"
+        return render(check_messages(row.get(meta["messages"]), place), tokenizer, place, generation=True)
+    return cell_text(row, meta["prompt"] or meta["text"])
+
+
+def _describe(spec: DataSpec) -> Meta:
+    chosen = "messages" if spec.messages else "prompt-completion" if spec.prompt else "text"
+    return {
+        "task": CausalLM.name,
+        "format": chosen,
+        "text": (spec.text or "text") if chosen == "text" else None,
+        "text_pair": None,
+        "prompt": spec.prompt,
+        "completion": spec.completion,
+        "messages": spec.messages,
+        "labels": None,
+        "max_length": spec.max_length,
+    }
+
+
+def _prompt_ids(texts: list[str], meta: Meta, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of the beginnings of sequences: with the special tokens that open a sequence, without those that end it.
+
+    A chat template writes its own special tokens, so none are added to what it made.
+    """
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=meta["format"] != "messages", verbose=False)["input_ids"]
+    if meta["format"] == "messages":
+        return ids
+    return [tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens for tokens in ids]
+
+
+def _tokenised(rows: Rows, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def pack(ids: list[list[int]], labels: list[list[int]]) -> dict[str, list[list[int]]]:
+        length = meta["max_length"]
+        cut = [(i[:length], l[:length]) for i, l in zip(ids, labels, strict=True)]
+        kept = [(i, l) for i, l in cut if any(label != NO_LOSS for label in l[1:])]
+        return {
+            "input_ids": [i for i, _ in kept],
+            "attention_mask": [[1] * len(i) for i, _ in kept],
+            "labels": [l for _, l in kept],
+        }
+
+    def pack_texts(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        ids = [tokens + closing for tokens in _prompt_ids(batch["text"], meta, tokenizer)]
+        return pack(ids, ids)
+
+    def pack_pairs(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        prompts = _prompt_ids(batch["prompt"], meta, tokenizer)
+        answers = [
+            tokens + closing
+            for tokens in tokenizer(batch["completion"], add_special_tokens=False, verbose=False)["input_ids"]
+        ]
+        both = list(zip(prompts, answers, strict=True))
+        return pack([p + a for p, a in both], [[NO_LOSS] * len(p) + a for p, a in both])
+
+    def pack_chats(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        return pack(*encode_chats(batch["text"], batch["spans"], tokenizer))
+
+    if meta["format"] == "text":
+        data = tokenise({"text": rows.text("text", meta["text"])}, pack_texts)
+    elif meta["format"] == "prompt-completion":
+        columns = {field: rows.text(field, meta[field]) for field in ("prompt", "completion")}
+        data = tokenise(columns, pack_pairs)
+    else:
+        data = tokenise(_rendered(rows, meta["messages"], tokenizer), pack_chats)
+    if len(data) == 0:
+        raise InputError(
+            f"data.max_length: within {meta['max_length']} tokens no row of {rows.source} has anything to learn; "
+            "allowed: more than the length of the prompts"
+        )
+    return data
+
+
+def _rendered(rows: Rows, column: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    texts, spans = [], []
+    for number, value in zip(rows.numbers, rows.column("messages", column), strict=True):
+        place = f"data.messages: column {column!r} of {rows.source} row {number}"
+        text, own = assistant_spans(check_messages(value, place), tokenizer, place)
+        texts.append(text)
+        spans.append(own)
+    return {"text": texts, "spans": spans}

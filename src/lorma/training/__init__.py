@@ -1,0 +1,1 @@
+"""From a recipe to a run directory: assembling models, methods and data for transformers' Trainer."""

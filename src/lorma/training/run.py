@@ -1,0 +1,193 @@
+"""One training run, from a checked recipe to a finished run directory."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from lorma._version import __version__
+from lorma.analysis import loss_auc
+from lorma.tasks import Task, get_task
+from lorma.training.callbacks import ProgressBar, RunRecorder
+from lorma.training.inference import META_FILE
+from lorma.training.memory import peak_memory, reset_peak_memory
+from lorma.training.methods import get_method
+from lorma.training.models import attach, count_parameters, load_model, load_tokenizer, locate
+from lorma.training.recipe import Recipe
+from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory, write_atomic, write_folder
+
+SCHEMA_VERSION = 1
+
+
+def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> RunDirectory:
+    """Train a recipe in its output directory, going on from the last checkpoint of an unfinished run.
+
+    Under ``accelerate launch`` or ``torchrun`` every process calls this; the first one writes.
+
+    Returns:
+        The finished run directory.
+
+    Raises:
+        InputError: before anything is written, for whatever in the recipe, the data or the model cannot be used.
+        DivergedError: the loss became infinite or not a number.
+    """
+    console = console or Console(quiet=not PartialState().is_main_process)
+    run, task = RunDirectory(recipe.output), get_task(recipe.task)
+    run.check(recipe, overwrite)
+    set_seed(recipe.seed)
+    reset_peak_memory()
+    tokenizer = load_tokenizer(recipe.model)
+    prepared = task.prepare(recipe.data, tokenizer)
+    base = load_model(recipe.model, task.auto_model, **prepared.model_kwargs)
+    model = attach(base, get_method(recipe.method), recipe.adapter, task.peft_task_type)
+    if recipe.train.gradient_checkpointing:
+        base.enable_input_require_grads()
+
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            run.open(recipe, overwrite)
+        recorder = RunRecorder(run)
+    checkpoint = run.last_checkpoint()
+    counts = count_parameters(model)
+    console.print(
+        f"{recipe.method} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
+        f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
+        f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}",
+        highlight=False,
+    )
+    if checkpoint:
+        console.print(f"  going on from step {run.last_step()}", highlight=False)
+
+    bar = ProgressBar(console, recipe.method)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(recipe, task, run),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
+        data_collator=prepared.collator,
+        compute_metrics=prepared.compute_metrics,
+        processing_class=tokenizer,
+        callbacks=[recorder, bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        PartialState().wait_for_everyone()
+        if not _evaluations(run, at_step=trainer.state.global_step):
+            trainer.evaluate()
+    finally:
+        bar.close()
+    if PartialState().is_main_process:
+        _save(trainer, recipe, task, run, {**prepared.meta, "name": locate(recipe.model).remembered})
+        write_atomic(run.summary_file, json.dumps(_summary(recipe, task, run, recorder, counts), indent=2) + "\n")
+    PartialState().wait_for_everyone()
+    return run
+
+
+def training_arguments(recipe: Recipe, task: Task, run: RunDirectory) -> TrainingArguments:
+    """What transformers' Trainer is told for a recipe."""
+    spec, cpu = recipe.train, not torch.accelerator.is_available()
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        num_train_epochs=spec.epochs,
+        max_steps=spec.max_steps or -1,
+        per_device_train_batch_size=spec.batch_size,
+        per_device_eval_batch_size=spec.eval_batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation_steps,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.schedule,
+        warmup_steps=spec.warmup_ratio,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        bf16=spec.precision == "bfloat16",
+        fp16=spec.precision == "float16",
+        gradient_checkpointing=spec.gradient_checkpointing,
+        eval_strategy="steps" if spec.eval_steps else "epoch",
+        eval_steps=spec.eval_steps,
+        save_strategy="steps" if spec.save_steps else "epoch",
+        save_steps=spec.save_steps or 500,
+        save_total_limit=KEPT_CHECKPOINTS,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        label_names=["labels"],
+        prediction_loss_only=task.primary_metric == "loss",
+        seed=recipe.seed,
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def _evaluations(run: RunDirectory, at_step: int | None = None) -> list[dict[str, Any]]:
+    return [
+        {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+        for entry in run.metrics()
+        if "eval_loss" in entry and at_step in (None, entry["step"])
+    ]
+
+
+def _save(trainer: Trainer, recipe: Recipe, task: Task, run: RunDirectory, meta: dict[str, Any]) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def fill(folder: Path) -> None:
+        if hasattr(model, "peft_config"):
+            model.peft_config["default"].base_model_name_or_path = meta["name"]
+            model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            model.save_pretrained(folder)
+            tokenizer: Any = trainer.processing_class
+            tokenizer.save_pretrained(folder)
+        kept = {"model": recipe.model.model_dump(exclude={"name"}) | {"name": meta["name"]}, "data": meta}
+        (folder / META_FILE).write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    write_folder(run.adapter if hasattr(model, "peft_config") else run.model, fill)
+
+
+def _summary(
+    recipe: Recipe, task: Task, run: RunDirectory, recorder: RunRecorder, counts: dict[str, int]
+) -> dict[str, Any]:
+    entries = run.metrics()
+    points = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    evaluations = _evaluations(run)
+    best = (max if task.greater_is_better else min)(evaluations, key=lambda metrics: metrics[task.primary_metric])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": recipe.method,
+        "task": recipe.task,
+        "model": recipe.model.name,
+        "seed": recipe.seed,
+        **counts,
+        "steps": points[-1][0],
+        "train_loss_auc": loss_auc(*zip(*points, strict=True)),
+        "final_train_loss": points[-1][1],
+        "primary_metric": task.primary_metric,
+        "greater_is_better": task.greater_is_better,
+        "final_metrics": evaluations[-1],
+        "best_metrics": best,
+        "seconds": recorder.seconds,
+        "peak_memory_bytes": peak_memory(),
+        "versions": {
+            "python": platform.python_version(),
+            "lorma": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "peft")},
+        },
+        "device": _device(),
+    }
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"{PartialState().num_processes} × {torch.cuda.get_device_name()}"
+    processes = PartialState().num_processes
+    return f"cpu, {torch.get_num_threads()} threads" + (f" × {processes} processes" if processes > 1 else "")

@@ -1,0 +1,152 @@
+"""A run directory on disk: what it holds, when it may be written, and where a killed run goes on.
+
+``recipe.yaml`` is there from the first moment, ``metrics.jsonl`` grows while training, ``checkpoints/`` holds the last
+two checkpoints, ``adapter/`` (``model/`` for full fine-tuning) and ``summary.json`` come last. A checkpoint counts
+only once its marker file is there, which is written after everything else; files and folders appear under their final
+name by a rename. So a kill, a full disk or Ctrl-C at any moment leaves a directory that can be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorma.errors import InputError
+from lorma.training.recipe import Recipe, differences, parse_recipe
+
+MARKER = "complete"
+KEPT_CHECKPOINTS = 2
+
+
+class RunDirectory:
+    """The directory ``recipe.output``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ended well: its summary is the last file to be written."""
+        return self.summary_file.is_file()
+
+    def read_recipe(self) -> Recipe:
+        """The recipe this run was started with.
+
+        Raises:
+            InputError: no recipe, or one that this version does not accept.
+        """
+        if not self.recipe_file.is_file():
+            raise InputError(f"{self.path} is not a run directory: it has no recipe.yaml")
+        try:
+            content = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            raise InputError(f"{self.recipe_file} is not valid YAML") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{self.recipe_file} must hold keys and values")
+        return parse_recipe(content)
+
+    def check(self, recipe: Recipe, overwrite: bool) -> None:
+        """Refuse to train ``recipe`` here if that would destroy or mix anything; ``overwrite`` allows it for a run.
+
+        Raises:
+            InputError: a finished run, an unfinished run of another recipe, or a directory that is no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output={str(self.path)!r} is a file; name a directory")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not self.recipe_file.is_file():
+            raise InputError(f"output={str(self.path)!r} holds other files and no run; name a new directory")
+        if overwrite:
+            return
+        if self.finished:
+            raise InputError(f"output={str(self.path)!r} holds a finished run; give --overwrite to train it anew")
+        changed = differences(self.read_recipe(), recipe)
+        if changed:
+            raise InputError(
+                f"output={str(self.path)!r} holds an unfinished run with another {', '.join(changed)}; "
+                "give --overwrite to start anew, or another output"
+            )
+
+    def open(self, recipe: Recipe, overwrite: bool) -> None:
+        """Make the directory ready to train ``recipe`` from the start or from its last checkpoint."""
+        if overwrite:
+            for path in (self.summary_file, self.metrics_file):
+                path.unlink(missing_ok=True)
+            for folder in (self.checkpoints, self.adapter, self.model):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.recipe_file, recipe.to_yaml())
+        for folder in self.checkpoints.iterdir():
+            if not (folder / MARKER).is_file():
+                shutil.rmtree(folder)
+        self._trim_metrics(self.last_step())
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        complete = [folder for folder in self.checkpoints.glob("checkpoint-*") if (folder / MARKER).is_file()]
+        return max(complete, key=_step_of, default=None)
+
+    def last_step(self) -> int:
+        """The optimizer step of the newest complete checkpoint, or 0."""
+        folder = self.last_checkpoint()
+        return _step_of(folder) if folder else 0
+
+    def mark_complete(self, step: int) -> None:
+        """Make the checkpoint of ``step`` count."""
+        write_atomic(self.checkpoints / f"checkpoint-{step}" / MARKER, "")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; one that a kill cut in half is left out."""
+        entries = []
+        if self.metrics_file.is_file():
+            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entries.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return entries
+
+    def _trim_metrics(self, last_step: int) -> None:
+        if not self.metrics_file.exists():
+            return
+        kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= last_step]
+        write_atomic(self.metrics_file, "".join(kept))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it: readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write a folder under a temporary name, then put it in the place of ``path``."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        fill(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from lorma.analysis import Table, build_table, load_run
+from lorma.analysis import _format as show
+from lorma.errors import InputError
+
+
+@pytest.fixture(name="table")
+def table_fixture(write_run):
+    """``table((method, seed, options), …)``: runs written, loaded and put into a table."""
+
+    def build(*specs) -> Table:
+        return build_table(
+            [load_run(write_run(f"{i}-{m}", m, seed, **options)) for i, (m, seed, options) in enumerate(specs)]
+        )
+
+    return build
+
+
+def halves(count=40, top=1.0, bottom=0.2, fall=20):
+    return [top] * fall + [bottom] * (count - fall)
+
+
+def column(table, name):
+    header, rows = table.cells()
+    return [row[header.index(name)] for row in rows]
+
+
+def test_methods_in_order_of_appearance_with_means_over_seeds(table):
+    built = table(
+        ("lorma-plus", 0, {"accuracy": 0.9, "seconds": 10.0, "peak_memory_bytes": 5}),
+        ("lora", 0, {"accuracy": 0.8}),
+        ("lorma-plus", 1, {"accuracy": 0.92, "seconds": 20, "peak_memory_bytes": 7}),
+        ("lora", 1, {"accuracy": 0.8}),
+    )
+    plus, lora = built.rows
+    assert (plus.method, lora.method) == ("lorma-plus", "lora")
+    assert plus.seeds == (0, 1)
+    assert plus.metric_mean == pytest.approx(0.91)
+    assert plus.metric_sd == pytest.approx(0.02 / math.sqrt(2))
+    assert (plus.seconds, plus.peak_memory_bytes) == (15.0, 7)
+    assert column(built, "accuracy ↑") == ["0.910 ± 0.014", "0.800 ± 0.000"]
+    assert any("0.110 above LoRA in accuracy: more than the larger" in note for note in built.notes)
+
+
+def test_one_seed_gives_no_deviation_and_says_so(table):
+    built = table(("lora", 0, {}), ("lorma-plus", 0, {}))
+    assert [row.metric_sd for row in built.rows] == [None, None]
+    assert any(note.startswith("One seed per method: differences of this size can be chance") for note in built.notes)
+    assert not any("larger of the two" in note for note in built.notes)
+
+
+def test_a_gap_within_the_deviations_is_called_so(table):
+    built = table(
+        ("lora", 0, {"accuracy": 0.8}),
+        ("lora", 1, {"accuracy": 0.9}),
+        ("lorma-plus", 0, {"accuracy": 0.84}),
+        ("lorma-plus", 1, {"accuracy": 0.9}),
+    )
+    note = next(note for note in built.notes if "larger of the two" in note)
+    assert "not more than" in note
+    assert note.endswith("so these seeds do not separate the two.")
+
+
+def test_best_is_the_lowest_when_lower_is_better(table):
+    lower = {"primary_metric": "loss", "greater_is_better": False}
+    specs = [
+        (method, seed, lower | {"final_metrics": {"loss": loss + seed / 100}})
+        for method, loss in (("lora", 0.5), ("lorma-plus", 0.4), ("lorma-permutation", 0.6))
+        for seed in (0, 1)
+    ]
+    built = table(*specs)
+    assert built.cells()[0][4] == "loss ↓"
+    assert built.notes[0].startswith("Lower loss is better")
+    assert any("lorma-plus, is 0.100 below LoRA in loss: more than" in note for note in built.notes)
+
+
+def test_area_and_steps_against_lora(table):
+    built = table(("lora", 0, {"losses": halves()}), ("lorma-plus", 0, {"losses": halves(fall=10)}))
+    lora, plus = built.rows
+    assert lora.loss_auc == pytest.approx(19 * 1.0 + 0.6 + 19 * 0.2)
+    assert plus.loss_auc == pytest.approx(9 * 1.0 + 0.6 + 29 * 0.2)
+    assert lora.auc_change_percent == 0.0
+    assert plus.auc_change_percent == pytest.approx(100 * (plus.loss_auc / lora.loss_auc - 1))
+    assert (lora.steps_to_lora_loss, plus.steps_to_lora_loss) == (22, 12)
+    assert column(built, "AUC vs LoRA") == ["baseline", "−34.2 %"]
+    assert column(built, "Steps to LoRA's loss") == ["22", "12"]
+
+
+def test_the_change_is_paired_when_the_seeds_match(table):
+    low, high = {"losses": [1.0] * 10}, {"losses": [4.0] * 10}
+    paired = table(("lora", 0, low), ("lora", 1, high), ("x", 1, low), ("x", 0, low))
+    assert paired.rows[1].auc_change_percent == pytest.approx((0 - 75) / 2)
+
+
+def test_the_change_of_means_when_the_seeds_do_not_match(table):
+    low, high = {"losses": [1.0] * 10}, {"losses": [4.0] * 10}
+    built = table(("lora", 0, low), ("lora", 1, high), ("x", 5, low))
+    assert built.rows[1].auc_change_percent == pytest.approx(-60)
+    assert built.rows[1].seeds_compared == 0
+    assert column(built, "Steps to LoRA's loss")[1] == "—"
+    assert "Only one seed for x: no standard deviation is given there." in built.notes
+
+
+def test_seeds_that_never_reach_loras_loss_are_counted(table):
+    never = {"losses": [1.0] * 40}
+    base = {"losses": halves()}
+    built = table(
+        *(("lora", seed, base) for seed in range(3)),
+        ("some", 0, base),
+        ("some", 1, never),
+        ("some", 2, base),
+        *(("none", seed, never) for seed in range(3)),
+    )
+    assert column(built, "Steps to LoRA's loss") == ["22", "22 (2 of 3)", "not reached"]
+    assert built.rows[2].steps_to_lora_loss is None
+
+
+def test_without_lora_there_are_no_columns_against_it(table):
+    built = table(("lorma-plus", 0, {}))
+    assert not built.has_baseline
+    assert built.rows[0].auc_change_percent is None
+    assert "AUC vs LoRA" not in built.cells()[0]
+    assert not any("LoRA" in note for note in built.notes)
+
+
+def test_different_numbers_of_steps_are_allowed_but_not_compared(table):
+    built = table(("lora", 0, {"losses": halves(40)}), ("x", 0, {"losses": halves(60)}))
+    assert built.rows[1].auc_change_percent is None
+    assert any("do not span the same steps" in note for note in built.notes)
+
+
+def test_a_diverged_run_has_no_area(table):
+    built = table(("lora", 0, {"losses": halves()}), ("x", 0, {"losses": [1.0, math.nan, 1.0] + [1.0] * 37}))
+    row = built.rows[1]
+    assert (row.loss_auc, row.auc_change_percent, row.seeds_reached) == (None, None, 0)
+    assert any("stopped being a finite number in x (seed 0)" in note for note in built.notes)
+    json.dumps(built.to_json(), allow_nan=False)
+
+
+def test_a_diverged_baseline_compares_nothing(table):
+    built = table(("lora", 0, {"losses": [1.0, math.inf]}), ("x", 0, {"losses": [1.0, 0.5]}))
+    assert [row.auc_change_percent for row in built.rows] == [None, None]
+    assert [row.seeds_compared for row in built.rows] == [0, 0]
+
+
+def test_different_devices_are_pointed_out(table):
+    built = table(("lora", 0, {}), ("x", 0, {"device": "cuda, one GPU"}))
+    assert any("different devices (cpu, 2 threads; cuda, one GPU)" in note for note in built.notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("task", "regression"), ("model", "other"), ("primary_metric", "f1"), ("greater_is_better", False)],
+)
+def test_unlike_runs_are_refused_by_name(table, key, value):
+    with pytest.raises(InputError, match=rf"0-lora has {key}=.* but .*1-x has {key}={value!r}; compare like with like"):
+        table(("lora", 0, {}), ("x", 0, {key: value}))
+
+
+def test_one_method_with_two_sizes_is_refused(table):
+    with pytest.raises(InputError, match=r"0-lora has adapter_parameters=73728 but .*1-lora has adapter_parameters=9;"):
+        table(("lora", 0, {}), ("lora", 1, {"adapter_parameters": 9}))
+
+
+def test_one_method_and_seed_twice_is_refused(table):
+    with pytest.raises(InputError, match="are both method 'lora' with seed 0; a table takes each method and seed once"):
+        table(("lora", 0, {}), ("lora", 0, {}))
+
+
+def test_no_runs_are_refused():
+    with pytest.raises(InputError, match="runs is empty"):
+        build_table([])
+
+
+def test_markdown_is_a_table_and_its_notes(table):
+    built = table(("lora", 0, {}), ("a|b", 0, {"peak_memory_bytes": None}))
+    lines = built.to_markdown().splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert set(lines[1]) == set("|-: ")
+    assert lines[3].startswith("| a\\|b")
+    assert lines[5:] == [f"- {note}" for note in built.notes]
+
+
+def test_json_holds_raw_numbers(table):
+    built = table(("lora", 0, {}), ("x", 0, {"peak_memory_bytes": None}))
+    data = json.loads(json.dumps(built.to_json(), allow_nan=False))
+    assert (data["schema_version"], data["model"], data["primary_metric"]) == (1, "minilm", "accuracy")
+    assert data["rows"][1]["adapter_parameters"] == 73_728
+    assert data["rows"][1]["metric_mean"] == 0.87
+    assert data["rows"][1]["peak_memory_bytes"] is None
+    assert data["notes"] == list(built.notes)
+
+
+def test_numbers_for_people():
+    assert show.count(73_728) == "73,728"
+    assert show.metric(0.8734, 0.0041) == "0.873 ± 0.004"
+    assert show.metric(68.234) == "68.23"
+    assert show.metric(math.nan) == show.metric(None) == show.memory(None) == show.area(None) == "—"
+    assert [show.percent(v) for v in (-10.44, 3.0, 0.01, -0.01, None)] == ["−10.4 %", "+3.0 %", "0.0 %", "0.0 %", "—"]
+    assert show.seconds(41.24) == "41.2 s"
+    assert (show.memory(700 * 2**20), show.memory(3 * 2**29)) == ("700 MiB", "1.50 GiB")
+    assert [show.listing("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]

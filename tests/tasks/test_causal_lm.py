@@ -1,0 +1,137 @@
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from lorma.errors import InputError
+from lorma.tasks import CausalLM, DataSpec, Prepared
+
+Write = Callable[[str, str | bytes], str]
+PAIR = {"prompt": "q", "completion": "a"}
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase, path: str, **fields: object) -> Prepared:
+    return CausalLM().prepare(DataSpec.model_validate({"train": path, "eval": path, **fields}), tokenizer)
+
+
+def jsonl(write: Write, rows: list[dict[str, object]]) -> str:
+    return write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
+    return str(tokenizer.decode([label for label in row["labels"] if label != -100]))
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, object]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+visible = st.text(min_size=1, max_size=30).filter(lambda t: t.strip() != "" and "\x00" not in t)
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (True, True)])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=st.lists(st.tuples(visible, visible), min_size=1, max_size=4))
+def test_exactly_the_prompt_is_masked(
+    write: Write, make_tokenizer: Callable[..., Any], bos: bool, eos: bool, pairs: list[tuple[str, str]]
+) -> None:
+    tokenizer = make_tokenizer(bos, eos)
+    made = prepare(tokenizer, jsonl(write, [{"q": q, "a": a} for q, a in pairs]), **PAIR)
+    for row, (question, answer) in zip(made.train, pairs, strict=True):
+        masked = len(question.encode()) + bos
+        assert row["labels"][:masked] == [-100] * masked
+        assert row["labels"][masked:] == row["input_ids"][masked:]
+        assert row["input_ids"][-1] == tokenizer.eos_token_id
+        assert row["input_ids"].count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(row["input_ids"][masked:-1]) == answer
+        prompt = CausalLM().encode([{"q": question}], made.meta, tokenizer)
+        assert prompt["input_ids"][0].tolist() == row["input_ids"][:masked]
+
+
+def test_plain_text_is_learned_whole(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    made = prepare(tokenizer, write("a.csv", "text\nhello\n"))
+    assert made.train[0]["labels"] == made.train[0]["input_ids"]
+    assert tokenizer.decode(made.train[0]["input_ids"]) == "hello</s>"
+    assert (made.meta["format"], made.compute_metrics, made.model_kwargs) == ("text", None, {})
+
+
+def test_batches_are_padded_on_the_right(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.padding_side = "left"
+    made = prepare(tokenizer, write("a.csv", "q,a\nab,c\na,b\n"), **PAIR)
+    batch = made.collator([made.train[i] for i in range(2)])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch["labels"][1].tolist()[-1] == -100
+    assert batch["labels"][1].tolist()[0] == -100
+    prompts = CausalLM().encode([{"q": "ab"}, {"q": "a"}], made.meta, tokenizer)
+    assert prompts["attention_mask"].tolist() == [[1, 1], [0, 1]]
+
+
+def test_rows_without_loss_are_dropped_and_counted(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write("a.csv", "q,a\nlong enough,x\nshort,answer\n")
+    made = prepare(tokenizer, path, max_length=8, **PAIR)
+    assert (made.meta["dropped_train"], made.meta["train_rows"]) == (1, 1)
+    assert learned(tokenizer, made.train[0]) == "ans"
+    hopeless = write("b.csv", "q,a\nlong enough,x\n")
+    with pytest.raises(InputError, match=r"data\.max_length: within 8 tokens no row of data\.eval has anything"):
+        prepare(tokenizer, path, eval=hopeless, max_length=8, **PAIR)
+
+
+def test_only_the_assistant_is_learned(write: Write, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    row = chat(("system", "Be é."), ("user", "Hi"), ("assistant", "\nYo é"), ("user", "So?"), ("assistant", "Bye"))
+    made = prepare(chat_tokenizer, jsonl(write, [row]), messages="messages")
+    assert learned(chat_tokenizer, made.train[0]) == "\nYo é</s>\nBye</s>\n"
+    whole = chat_tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"]
+    assert made.train[0]["input_ids"] == whole
+    prompt = CausalLM().encode([{"messages": row["messages"][:2]}], made.meta, chat_tokenizer)
+    assert chat_tokenizer.decode(prompt["input_ids"][0]) == "<|system|>Be é.</s>\n<|user|>Hi</s>\n<|assistant|>"
+
+
+def test_a_template_that_rewrites_turns_is_refused(write: Write, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}"
+    path = jsonl(write, [chat(("user", "Hi"), ("assistant", "Yo"))])
+    with pytest.raises(
+        InputError, match=r"data\.messages: .* row 1: the tokenizer's chat template renders message 2 dif"
+    ):
+        prepare(chat_tokenizer, path, messages="messages")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (chat(("user", "Hi")), r"data\.messages: column 'messages' of data\.train row 1 needs an assistant message"),
+        (chat(("assistant", "Hi")), "needs an assistant message after at least one other"),
+        (
+            chat(("user", "Hi"), ("asistant", "x")),
+            r"message 2: role is 'asistant'; allowed: .* did you mean 'assistant'",
+        ),
+        ({"messages": []}, r"row 1 is \[\]; allowed: a list of messages"),
+        ({"messages": "Hi"}, "row 1 is text, not a list of messages"),
+        ({"messages": [{"role": "user"}]}, "message 1: content is None; allowed: text"),
+    ],
+)
+def test_unusable_chats(
+    write: Write, chat_tokenizer: PreTrainedTokenizerBase, row: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare(chat_tokenizer, jsonl(write, [row]), messages="messages")
+
+
+def test_template_problems(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = jsonl(write, [chat(("user", "Hi"), ("assistant", "Yo"))])
+    with pytest.raises(InputError, match=r"data\.messages: the tokenizer has no chat template"):
+        prepare(tokenizer, path, messages="messages")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match="the chat template refuses it: roles must alternate"):
+        prepare(tokenizer, path, messages="messages")
+
+
+def test_fields_of_other_tasks(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write("a.csv", "q,a\nx, \n")
+    with pytest.raises(InputError, match=r"data\.label: 'a' does not apply to the task 'causal-lm'; allowed: prompt"):
+        prepare(tokenizer, path, label="a")
+    with pytest.raises(InputError, match=r"data\.completion: column 'a' is empty in data\.train row 1"):
+        prepare(tokenizer, path, **PAIR)
