@@ -112,8 +112,9 @@ def test_an_unknown_label_names_the_evaluation_split(write: Write, tokenizer: Pr
 def test_length_and_padding_limits(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     path = jsonl(write, ["a", "b"])
     tokenizer.model_max_length = 100
-    with pytest.raises(InputError, match=r"data\.max_length: 256 exceeds the model's 100 tokens"):
-        classify(tokenizer, path)
+    assert classify(tokenizer, path).meta["max_length"] == 100
+    with pytest.raises(InputError, match=r"data\.max_length: 101 exceeds the model's 100 tokens"):
+        classify(tokenizer, path, max_length=101)
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="neither a padding nor an end-of-sequence token"):
         classify(tokenizer, path, max_length=50)

@@ -43,7 +43,7 @@ def main() -> None:
         sys.argv.insert(1, sys.argv.pop(sys.argv.index("--debug")))
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        app()
+        app(prog_name="lorma")
     except InputError as error:
         if debug:
             raise

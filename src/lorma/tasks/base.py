@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BatchEncoding, EvalPrediction, PreTrainedTokenizerBase
 
+DEFAULT_MAX_LENGTH = 256
+
 Meta = dict[str, Any]
 Row = Mapping[str, Any]
 
@@ -81,10 +83,18 @@ def set_padding(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def check_length(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise :class:`InputError` when ``data.max_length`` exceeds what the model's tokenizer allows."""
-    if spec.max_length > tokenizer.model_max_length:
-        raise InputError(f"data.max_length: {spec.max_length} exceeds the model's {tokenizer.model_max_length} tokens")
+def fit_length(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> int:
+    """``data.max_length``, or when it is left out 256 tokens or the model's own limit, whichever is less.
+
+    Raises:
+        InputError: when ``data.max_length`` exceeds what the model's tokenizer allows.
+    """
+    limit = tokenizer.model_max_length
+    if spec.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, limit)
+    if spec.max_length > limit:
+        raise InputError(f"data.max_length: {spec.max_length} exceeds the model's {limit} tokens")
+    return spec.max_length
 
 
 def reject_fields(spec: DataSpec, task: str, fields: Sequence[str], allowed: str) -> None:

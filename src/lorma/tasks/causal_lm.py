@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
-from lorma.tasks.base import Meta, Prepared, Row, Task, check_length, reject_fields, set_padding, tokenise
+from lorma.tasks.base import Meta, Prepared, Row, Task, fit_length, reject_fields, set_padding, tokenise
 from lorma.tasks.chat import assistant_spans, check_messages, encode_chats, render
 from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import Rows, load_splits
@@ -44,10 +44,9 @@ class CausalLM(Task):
 
         allowed = "prompt + completion, messages or text"
         reject_fields(spec, self.name, ("text_pair", "label", "labels"), allowed)
-        check_length(spec, tokenizer)
         set_padding(tokenizer)
         tokenizer.padding_side = "right"
-        meta = _describe(spec)
+        meta = _describe(spec, fit_length(spec, tokenizer))
         splits = load_splits(spec)
         train, held = (_tokenised(rows, meta, tokenizer) for rows in (splits.train, splits.eval))
         meta = {
@@ -81,7 +80,7 @@ def prompt_text(row: Row, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> str
     return cell_text(row, meta["prompt"] or meta["text"])
 
 
-def _describe(spec: DataSpec) -> Meta:
+def _describe(spec: DataSpec, max_length: int) -> Meta:
     chosen = "messages" if spec.messages else "prompt-completion" if spec.prompt else "text"
     return {
         "task": CausalLM.name,
@@ -92,7 +91,7 @@ def _describe(spec: DataSpec) -> Meta:
         "completion": spec.completion,
         "messages": spec.messages,
         "labels": None,
-        "max_length": spec.max_length,
+        "max_length": max_length,
     }
 
 

@@ -31,7 +31,7 @@ class Classification(TextTask):
 
     def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """See :meth:`Task.prepare`; ``labels`` are indices into ``meta["labels"]``."""
-        self._checked(spec, tokenizer)
+        spec = self._fitted(spec, tokenizer)
         column = spec.label or "label"
         splits = load_splits(spec, sentiment=True)
         classes = spec.labels or _find_classes(splits, column)

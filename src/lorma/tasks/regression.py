@@ -30,7 +30,7 @@ class Regression(TextTask):
 
     def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """See :meth:`Task.prepare`; ``labels`` are floats."""
-        self._checked(spec, tokenizer)
+        spec = self._fitted(spec, tokenizer)
         if spec.labels is not None:
             raise InputError(f"data.labels: {spec.labels!r} does not apply to the task 'regression'")
         column = spec.label or ("rating" if spec.train in PACKAGED else "label")

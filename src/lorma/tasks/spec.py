@@ -32,7 +32,7 @@ class DataSpec(BaseModel):
     ``config``, ``train_split`` and ``eval_split`` belong to directories and hub data sets; ``column_names`` to CSV
     and TSV files that have no header row. Which of the column fields apply, and their defaults, is up to the task.
     ``max_train_rows`` and ``max_eval_rows`` keep a random subset, again fixed by ``split_seed``; ``max_length`` is
-    in tokens.
+    in tokens; left out, it is 256 or the model's own limit if that is less.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +52,7 @@ class DataSpec(BaseModel):
     prompt: Name | None = None
     completion: Name | None = None
     messages: Name | None = None
-    max_length: int = Field(default=256, ge=8)
+    max_length: int | None = Field(default=None, ge=8)
     max_train_rows: int | None = Field(default=None, ge=1)
     max_eval_rows: int | None = Field(default=None, ge=1)
 

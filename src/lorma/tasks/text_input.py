@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
-from lorma.tasks.base import Meta, Prepared, Row, Task, check_length, reject_fields, set_padding, tokenise
+from lorma.tasks.base import Meta, Prepared, Row, Task, fit_length, reject_fields, set_padding, tokenise
 from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import Rows
 
@@ -32,10 +32,11 @@ class TextTask(Task):
             texts, pairs, truncation=True, max_length=meta["max_length"], padding=True, return_tensors="pt"
         )
 
-    def _checked(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _fitted(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> DataSpec:
+        """``spec`` with its ``max_length`` settled, after checking it against this task and ``tokenizer``."""
         reject_fields(spec, self.name, ("prompt", "completion", "messages"), "text, text_pair, label")
-        check_length(spec, tokenizer)
         set_padding(tokenizer)
+        return spec.model_copy(update={"max_length": fit_length(spec, tokenizer)})
 
     def _meta(self, spec: DataSpec, label: str, labels: list[str] | None) -> Meta:
         return {

@@ -110,6 +110,7 @@ def evaluate(run: RunDirectory) -> dict[str, float]:
         InputError: as :func:`load_predictor`, or if the data of the recipe cannot be read any more.
     """
     from transformers import Trainer
+    from transformers.trainer_callback import PrinterCallback
 
     from lorma.training.run import training_arguments
 
@@ -124,6 +125,7 @@ def evaluate(run: RunDirectory) -> dict[str, float]:
         compute_metrics=prepared.compute_metrics,
         processing_class=predictor.tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)
     measured = trainer.evaluate()
     reported = json.loads(run.summary_file.read_text(encoding="utf-8"))["final_metrics"]
     return {name: measured[f"eval_{name}"] for name in reported}

@@ -1,0 +1,72 @@
+"""``lorma compare`` and ``lorma report``, with a real process a run."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def compared(recipe_file, tmp_path, capfd, cli):
+    recipe = recipe_file(compare={"methods": ["lora", "lorma-plus"], "seeds": [0, 1]})
+    result = cli("compare", recipe, f"output={tmp_path / 'all'}")
+    assert result.code == 0, result
+    return recipe, tmp_path / "all", result
+
+
+def test_table_report_and_skipping(compared, cli, tmp_path):
+    recipe, folder, first = compared
+    assert {path.name for path in folder.iterdir()} == {
+        "lora-seed0",
+        "lora-seed1",
+        "lorma-plus-seed0",
+        "lorma-plus-seed1",
+        "report",
+    }
+    assert {path.name for path in (folder / "report").iterdir()} == {
+        "index.html",
+        "loss.png",
+        "loss.svg",
+        "table.json",
+        "table.md",
+    }
+    table = json.loads((folder / "report" / "table.json").read_text())
+    assert [row["method"] for row in table["rows"]] == ["lora", "lorma-plus"]
+    assert [row["seeds"] for row in table["rows"]] == [[0, 1], [0, 1]]
+    for row in table["rows"]:
+        assert row["adapter_parameters"] == 512
+        assert row["metric_sd"] is not None
+        assert row["loss_auc"] > 0
+    assert "lorma-plus" in first.out
+    assert str(folder / "report" / "index.html") in first.out
+
+    before = (folder / "lora-seed0" / "summary.json").stat().st_mtime_ns
+    again = cli("compare", recipe, f"output={folder}")
+    assert again.code == 0
+    assert again.out.count("done before") == 4
+    assert (folder / "lora-seed0" / "summary.json").stat().st_mtime_ns == before
+
+    other = cli("compare", recipe, f"output={folder}", "adapter.r=3")
+    assert other.code == 2
+    assert "was trained with another adapter.r" in other.err
+
+    report = cli("report", folder / "lora-seed0", folder / "lorma-plus-seed1", "-o", tmp_path / "mine")
+    assert report.code == 0
+    assert (tmp_path / "mine" / "index.html").is_file()
+
+
+def test_a_failing_method_does_not_take_the_others_with_it(recipe_file, tmp_path, cli):
+    recipe = recipe_file(train={"max_steps": 3, "batch_size": 8, "learning_rate": 1e30, "max_grad_norm": 1e30})
+    result = cli("compare", recipe, "--methods", "full,lorma-none", "--seeds", "0", "train.warmup_ratio=0")
+    assert result.code == 1
+    assert "Failed, and not in the table: full-seed0" in result.out
+
+
+def test_refusals_come_before_the_first_run(recipe_file, tmp_path, cli, monkeypatch):
+    recipe = recipe_file()
+    assert "method='lorma+' is unknown" in cli("compare", recipe, "--methods", "lora,lorma+").err
+    assert cli("compare", recipe, "--seeds", "0,x").code == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--launcher 'accelerate launch'" in cli("compare", recipe).err
+    assert not (tmp_path / "run").exists()

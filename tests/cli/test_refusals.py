@@ -1,0 +1,152 @@
+"""Bad input: exit code 2, one line, nothing left behind."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter.r=0"], "adapter.r=0"),
+        (["adapter.r=1.5"], "adapter.r=1.5"),
+        (["adapter.rr=1"], "unknown key 'adapter.rr'"),
+        (["method=lorma-minus"], "method='lorma-minus' is unknown"),
+        (["adapter.target_modules=[qeury]"], "'qeury' matches no module; closest names: query"),
+        (["adapter.target_modules=qeury"], "Closest names in this model: query"),
+        (["adapter.target_modules=[LayerNorm]"], "LayerNorm (LayerNorm) is not supported"),
+        (["model.name=minilmm"], "model.name='minilmm' is neither an alias"),
+        (["model.name=nobody/nothing"], "model.name='nobody/nothing' cannot be loaded"),
+        (["data.train=nowhere.csv"], "data.train"),
+        (["data.label=lable"], "data.label"),
+        (["data.text=txet"], "data.text"),
+        (["data.labels=[good,awful]"], "bad"),
+        (["data.train=movie_review"], "movie_reviews"),
+        (["task=regression"], "label"),
+    ],
+)
+def test_a_bad_recipe_starts_nothing(overrides, message, recipe_file, tmp_path, cli):
+    refused = cli("train", recipe_file(), *overrides)
+    assert refused.code == 2
+    assert message in refused.err
+    assert len(refused.err.strip().splitlines()) == 1, refused.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_data(recipe_file, tmp_path, cli):
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text,label\n")
+    refused = cli("train", recipe_file(data={"train": str(empty)}))
+    assert refused.code == 2
+    assert "empty" in refused.err
+
+
+def test_an_output_that_is_no_run(recipe_file, tmp_path, cli):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    refused = cli("train", recipe_file(), "--overwrite")
+    assert refused.code == 2
+    assert "holds other files and no run" in refused.err
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.fixture
+def run(recipe_file, tmp_path, cli):
+    assert cli("train", recipe_file()).code == 0
+    return tmp_path / "run"
+
+
+def break_truncate(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def break_foreign(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({name.replace("lorma_", "lora_"): t for name, t in load_file(path).items()}, path)
+
+
+def break_shape(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({n: t[:, :5].contiguous() if "lorma_A" in n else t for n, t in load_file(path).items()}, path)
+
+
+def break_type(run):
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lorma_alpha": "eight"}))
+
+
+def break_method(run):
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "NOT_A_METHOD"}))
+
+
+def break_missing(run):
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+
+
+def break_task(run):
+    (run / "adapter" / "lorma_task.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_truncate, "adapter_model.safetensors is truncated or not a safetensors file"),
+        (break_foreign, "holds no LoRMA weights"),
+        (break_shape, "should have shape (2, 32), found (2, 5)"),
+        (break_type, "lorma_alpha='eight' must be a finite number"),
+        (break_method, "NOT_A_METHOD"),
+        (break_missing, "has no adapter_model.safetensors"),
+        (break_task, "does not describe a task"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_broken_adapters(damage, message, run, cli):
+    damage(run)
+    for source in (run, run / "adapter"):
+        refused = cli("predict", source, "--text", "the film was great")
+        assert refused.code == 2, refused
+        assert message in refused.err
+        assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_predict_arguments(run, tmp_path, cli):
+    assert "give either --text or --file" in cli("predict", run).err
+    assert "does not exist" in cli("predict", tmp_path / "nothing", "--text", "x").err
+    assert "takes one text, two are given" in cli("predict", run, "--text", "a", "--text-pair", "b").err
+    missing = cli("predict", run, "--file", tmp_path / "nothing.csv")
+    assert missing.code == 2
+    assert "nothing.csv" in missing.err
+    (run / "summary.json").unlink()
+    unfinished = cli("predict", run, "--text", "x")
+    assert unfinished.code == 2
+    assert "is an unfinished run" in unfinished.err
+
+
+def test_click_errors_keep_their_exit_code(cli):
+    assert cli("train").code == 2
+    assert cli("nonsense").code == 2
+    assert cli("predict", "x", "--max-new-tokens", 0).code == 2
+    assert cli("compare", "quickstart", "--seeds", "a,b").code == 2
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["predict"], ["evaluate"], ["report"], ["methods"]])
+def test_help_explains_itself(command, cli):
+    shown = cli(*command, "--help")
+    assert shown.code == 0
+    assert "Usage: lorma" in shown.out
+    assert len(shown.out) > 300
+
+
+def test_version_and_methods(cli):
+    assert cli("--version").out.startswith("lorma 0.")
+    assert "lorma-permutation" in cli("methods").out
+
+
+def test_debug_shows_the_traceback(recipe_file, cli, monkeypatch):
+    from lorma.errors import InputError
+
+    with pytest.raises(InputError, match="adapter.r=0"):
+        cli("train", recipe_file(), "adapter.r=0", "--debug")

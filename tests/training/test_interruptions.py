@@ -1,0 +1,139 @@
+"""Runs that are killed, interrupted or starved of disk go on to the same result; real processes, real signals."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from helpers_cli import cli_process, start_cli
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+STEPS = 400
+TRAIN = {
+    "max_steps": STEPS,
+    "batch_size": 8,
+    "learning_rate": 0.01,
+    "save_steps": 10,
+    "eval_steps": 100,
+}
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    return recipe_file(adapter={"r": 2, "dropout": 0.2}, train=TRAIN)
+
+
+@pytest.fixture
+def undisturbed(recipe, tmp_path):
+    done = cli_process("train", recipe, f"output={tmp_path / 'undisturbed'}")
+    assert done.code == 0, done.err
+    return tmp_path / "undisturbed"
+
+
+def lines(run):
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for_lines(run, count, process):
+    deadline = time.monotonic() + 120
+    while lines(run) < count and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def finish(recipe, run, undisturbed):
+    """Run to the end and compare everything with the undisturbed run."""
+    done = cli_process("train", recipe, f"output={run}")
+    assert done.code == 0, done.err
+    expected = load_file(undisturbed / "adapter" / "adapter_model.safetensors")
+    found = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+    curves = []
+    for folder in (undisturbed, run):
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curves.append([(e["step"], round(e["loss"], 5)) for e in entries if "loss" in e])
+    assert [step for step, _ in curves[1]] == list(range(1, STEPS + 1))
+    assert curves[0] == curves[1]
+    assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_ten_kills_at_random_moments(recipe, undisturbed, tmp_path):
+    run, chance = tmp_path / "killed", random.Random()
+    for kill in range(10):
+        process = start_cli("train", recipe, f"output={run}")
+        if kill % 3 == 2:
+            time.sleep(chance.uniform(0, 8))
+        else:
+            seen = lines(run)
+            deadline = time.monotonic() + 120
+            while lines(run) == seen and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.4))
+        assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (run / "summary.json").exists()
+        assert not (run / "adapter").exists()
+    assert lines(run) > 10
+    finish(recipe, run, undisturbed)
+
+
+def test_ctrl_c(recipe, undisturbed, tmp_path):
+    run = tmp_path / "interrupted"
+    process = start_cli("train", recipe, f"output={run}")
+    wait_for_lines(run, 25, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.strip() == "lorma: interrupted; the same command goes on from the last checkpoint"
+    finish(recipe, run, undisturbed)
+
+
+def limit_file_size():
+    """A stand-in for a full disk that needs no rights: the kernel refuses to let any file grow further."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_disk_that_fills(recipe, undisturbed, tmp_path):
+    run = tmp_path / "full"
+    failed = cli_process("train", recipe, f"output={run}", preexec_fn=limit_file_size)
+    assert failed.code == 1
+    assert "File too large" in failed.err
+    assert len(failed.err.strip().splitlines()) == 1
+    assert lines(run) > 50
+    assert not (run / "adapter").exists()
+    finish(recipe, run, undisturbed)
+
+
+def test_another_recipe_does_not_go_on_with_it(recipe, tmp_path):
+    run = tmp_path / "killed"
+    process = start_cli("train", recipe, f"output={run}")
+    wait_for_lines(run, 12, process)
+    process.kill()
+    process.communicate()
+    refused = cli_process("train", recipe, f"output={run}", "adapter.r=3")
+    assert refused.code == 2
+    assert "holds an unfinished run with another adapter.r" in refused.err
+
+
+def test_two_processes_under_torchrun(recipe, tmp_path):
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = ["-m", "lorma", "train", str(recipe), "train.max_steps=12", "train.save_steps=6"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == list(range(1, 13))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["device"].endswith("× 2 processes")
+    assert done.stdout.count("Finished:") == 1

