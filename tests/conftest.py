@@ -15,10 +15,10 @@ os.environ["COLUMNS"] = "200"
 settings.register_profile("lorma", deadline=None, derandomize=True)
 settings.load_profile("lorma")
 
-WORDS = (
-    "a an the film movie plot cast good bad fine dull bright slow great poor is was and not very so what is one plus "
-    "two three four five six equals question answer user assistant system : . , ? + = 1 2 3 4 5 6 7 8 9"
-).split()
+WORDS = """
+    a an the film movie plot cast good bad fine dull bright slow great poor is was and not very so what is one plus
+    two three four five six equals question answer user assistant system : . , ? + = 1 2 3 4 5 6 7 8 9
+""".split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
@@ -84,7 +84,9 @@ def tiny_llama(tmp_path_factory):
 @pytest.fixture
 def reviews(tmp_path):
     """Sixty labelled sentences in a CSV file."""
-    rows = [f"the {noun} was {word},{label}" for word, label in (("great", "good"), ("dull", "bad")) for noun in WORDS[3:33]]
+    rows = [
+        f"the {noun} was {word},{label}" for word, label in (("great", "good"), ("dull", "bad")) for noun in WORDS[3:33]
+    ]
     path = tmp_path / "reviews.csv"
     path.write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return path

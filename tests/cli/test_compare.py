@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def compared(recipe_file, tmp_path, capfd, cli):
+def compared(recipe_file, tmp_path, cli):
     recipe = recipe_file(compare={"methods": ["lora", "lorma-plus"], "seeds": [0, 1]})
     result = cli("compare", recipe, f"output={tmp_path / 'all'}")
     assert result.code == 0, result

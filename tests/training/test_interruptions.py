@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch
-from helpers_cli import cli_process, start_cli
 from safetensors.torch import load_file
+
+from helpers_cli import cli_process, start_cli
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +90,9 @@ def test_ten_kills_at_random_moments(recipe, undisturbed, tmp_path):
 
 def test_ctrl_c(recipe, undisturbed, tmp_path):
     run = tmp_path / "interrupted"
-    process = start_cli("train", recipe, f"output={run}")
+    process = start_cli(
+        "train", recipe, f"output={run}", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     wait_for_lines(run, 25, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -20,7 +20,7 @@ def pairs_csv(tmp_path):
     lines = ["first,second,verdict"]
     for i in range(60):
         first, second, verdict = PAIRS[i % 3]
-        lines.append(f"{first},{second},{verdict}" if i % 2 else f"{first},{second} {i},{verdict}".replace('" ', ' '))
+        lines.append(f"{first},{second},{verdict}" if i % 2 else f"{first},{second} {i},{verdict}".replace('" ', " "))
     path = tmp_path / "pairs.csv"
     path.write_text("\ufeff" + "\n".join(line for line in lines if line.count('"') % 2 == 0) + "\n", encoding="utf-8")
     return path
@@ -133,8 +133,12 @@ def test_a_csv_of_pairs_with_commas_and_accents(recipe_file, pairs_csv, tmp_path
 
 def test_regression(recipe_file, tmp_path, cli, read_json):
     table = tmp_path / "scores.tsv"
-    table.write_text("text\tscore\n" + "".join(f"the {w} was {i}\t{i / 4}\n" for w in ("film", "plot") for i in range(1, 10)))
-    trained = cli("train", recipe_file(task="regression", data={"train": str(table), "label": "score", "max_length": 16}))
+    table.write_text(
+        "text\tscore\n" + "".join(f"the {w} was {i}\t{i / 4}\n" for w in ("film", "plot") for i in range(1, 10))
+    )
+    trained = cli(
+        "train", recipe_file(task="regression", data={"train": str(table), "label": "score", "max_length": 16})
+    )
     assert trained.code == 0, trained.err
     assert {"pearson", "spearman", "mse"} <= set(read_json(tmp_path / "run" / "summary.json")["final_metrics"])
     float(cli("predict", tmp_path / "run", "--text", "the film was 4").out.split("\t")[0])
@@ -150,7 +154,10 @@ def test_language_models(form, recipe_file, tiny_llama, tmp_path, cli, read_json
                 {
                     "prompt": {"question": question, "answer": answer},
                     "messages": {
-                        "chat": [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
+                        "chat": [
+                            {"role": "user", "content": question},
+                            {"role": "assistant", "content": answer.strip()},
+                        ]
                     },
                     "text": {"text": question + answer},
                 }[form]

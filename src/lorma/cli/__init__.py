@@ -12,6 +12,9 @@ from lorma._version import __version__
 from lorma.cli import compare, evaluate, methods, predict, report, train
 from lorma.errors import InputError
 
+INTERRUPTED = 130
+"""The exit code typer turns Ctrl-C into."""
+
 app = typer.Typer(
     name="lorma",
     no_args_is_help=True,
@@ -49,7 +52,9 @@ def main() -> None:
             raise
         errors.print(f"lorma: {error}", markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:
+            raise
         errors.print("lorma: interrupted; the same command goes on from the last checkpoint")
         sys.exit(1)
     except Exception as error:

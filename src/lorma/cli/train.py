@@ -28,12 +28,11 @@ def train(
     loaded = load_recipe(recipe, overrides)
     RunDirectory(loaded.output).check(loaded, overwrite)
     silence_libraries()
-    from accelerate import PartialState
-
     from lorma.training.inference import usage_lines
+    from lorma.training.processes import processes
     from lorma.training.run import train as train_recipe
 
-    console = Console(quiet=not PartialState().is_main_process)
+    console = Console(quiet=not processes().is_main_process)
     run = train_recipe(loaded, overwrite=overwrite, console=console)
     if usage:
         console.print(f"Finished: {run.path}. To use it from Python:", highlight=False, soft_wrap=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -22,6 +21,7 @@ from lorma.training.inference import META_FILE
 from lorma.training.memory import peak_memory, reset_peak_memory
 from lorma.training.methods import get_method
 from lorma.training.models import attach, count_parameters, load_model, load_tokenizer, locate
+from lorma.training.processes import processes
 from lorma.training.recipe import Recipe
 from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory, write_atomic, write_folder
 
@@ -40,7 +40,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         InputError: before anything is written, for whatever in the recipe, the data or the model cannot be used.
         DivergedError: the loss became infinite or not a number.
     """
-    console = console or Console(quiet=not PartialState().is_main_process)
+    console = console or Console(quiet=not processes().is_main_process)
     run, task = RunDirectory(recipe.output), get_task(recipe.task)
     run.check(recipe, overwrite)
     set_seed(recipe.seed)
@@ -52,8 +52,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     if recipe.train.gradient_checkpointing:
         base.enable_input_require_grads()
 
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
+    with processes().main_process_first():
+        if processes().is_main_process:
             run.open(recipe, overwrite)
         recorder = RunRecorder(run)
     checkpoint = run.last_checkpoint()
@@ -81,15 +81,15 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
         if not _evaluations(run, at_step=trainer.state.global_step):
             trainer.evaluate()
     finally:
         bar.close()
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         _save(trainer, recipe, task, run, {**prepared.meta, "name": locate(recipe.model).remembered})
         write_atomic(run.summary_file, json.dumps(_summary(recipe, task, run, recorder, counts), indent=2) + "\n")
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return run
 
 
@@ -188,6 +188,6 @@ def _summary(
 
 def _device() -> str:
     if torch.cuda.is_available():
-        return f"{PartialState().num_processes} × {torch.cuda.get_device_name()}"
-    processes = PartialState().num_processes
-    return f"cpu, {torch.get_num_threads()} threads" + (f" × {processes} processes" if processes > 1 else "")
+        return f"{processes().num_processes} × {torch.cuda.get_device_name()}"
+    count = processes().num_processes
+    return f"cpu, {torch.get_num_threads()} threads" + (f" × {count} processes" if count > 1 else "")
