@@ -40,16 +40,24 @@ def split_list(text: str | None) -> list[str] | None:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """A comparison table and the notes under it."""
+    """A comparison table and the notes under it; methods become columns where the terminal is too narrow for rows."""
     header, rows = table.cells()
-    shown = RichTable(title=f"{table.task} · {table.model}", title_justify="left")
-    for position, name in enumerate(header):
-        shown.add_column(name, justify="left" if position == 0 else "right")
-    for row in rows:
-        shown.add_row(*row)
+    lines = [header, *rows]
+    shown = _rich_table(table, lines)
+    if Console(width=1000).measure(shown).maximum > console.width:
+        shown = _rich_table(table, [list(column) for column in zip(*lines, strict=True)])
     console.print(shown)
     for note in table.notes:
         console.print(f"- {note}", highlight=False)
+
+
+def _rich_table(table: Table, lines: list[list[str]]) -> RichTable:
+    shown = RichTable(title=f"{table.task} · {table.model}", title_justify="left")
+    for position, name in enumerate(lines[0]):
+        shown.add_column(name, justify="left" if position == 0 else "right")
+    for line in lines[1:]:
+        shown.add_row(*line)
+    return shown
 
 
 def print_report_place(console: Console, index: Path) -> None:
