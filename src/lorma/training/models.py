@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError, closest
@@ -43,8 +46,25 @@ def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedMod
     kwargs["dtype"] = getattr(torch, spec.dtype)
     if locate(spec).gguf_file is None:
         kwargs["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: PreTrainedModel = _load(getattr(transformers, auto_model), spec, kwargs)
+    _forget_packing(model)
     return model
+
+
+def _forget_packing(model: Any) -> None:
+    """Make an unpacked GGUF model trainable: transformers goes on marking it as quantised, which Trainer refuses."""
+    if getattr(model, "hf_quantizer", None) is None or not all(p.is_floating_point() for p in model.parameters()):
+        return
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
 
 
 def _load(auto: Any, spec: ModelSpec, kwargs: dict[str, Any]) -> Any:
@@ -54,12 +74,25 @@ def _load(auto: Any, spec: ModelSpec, kwargs: dict[str, Any]) -> Any:
     if source.revision:
         kwargs["revision"] = source.revision
     try:
-        return auto.from_pretrained(source.path, trust_remote_code=spec.trust_remote_code, **kwargs)
+        with _without_bars() if source.gguf_file else nullcontext():
+            return auto.from_pretrained(source.path, trust_remote_code=spec.trust_remote_code, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"model.name={spec.name!r} cannot be loaded: {reason[:300]}{install_hint(spec.name)}"
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep reading a GGUF file from drawing bars that transformers' own switch for bars does not reach."""
+    from transformers.utils import logging
+
+    if logging.is_progress_bar_enabled():
+        yield
+        return
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 def attach(model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_type: str) -> Any:

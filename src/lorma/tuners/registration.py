@@ -14,7 +14,7 @@ import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
-TESTED_PEFT_VERSIONS = ("0.21.2",)
+TESTED_PEFT_VERSIONS = ("0.21.0", "0.21.1", "0.21.2")
 """PEFT releases the test suite was run against."""
 
 
