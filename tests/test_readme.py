@@ -63,7 +63,9 @@ def test_the_quickstart_in_small(minilm, tmp_path):
 def test_own_data(minilm, tmp_path):
     (recipe,) = blocks("yaml")
     (tmp_path / "reviews.yaml").write_text(recipe)
-    rows = [f"the film was {word},{verdict}" for word, verdict in (("great", "good"), ("dull", "bad")) for _ in range(30)]
+    rows = [
+        f"the film was {word},{verdict}" for word, verdict in (("great", "good"), ("dull", "bad")) for _ in range(30)
+    ]
     (tmp_path / "reviews.csv").write_text("review,verdict\n" + "\n".join(rows) + "\n")
     shown = [command.split(" ", 1)[1] for command in commands() if command.startswith(("lorma train", "lorma predict"))]
     train, predict = shown

@@ -67,6 +67,8 @@ def test_refusals_come_before_the_first_run(recipe_file, tmp_path, cli, monkeypa
     recipe = recipe_file()
     assert "method='lorma+' is unknown" in cli("compare", recipe, "--methods", "lora,lorma+").err
     assert cli("compare", recipe, "--seeds", "0,x").code == 2
+    assert "compare.seeds=[0, 0]: 0 is listed twice" in cli("compare", recipe, "--seeds", "0,0").err
+    assert "compare.methods=[]" in cli("compare", recipe, "--methods", "").err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--launcher 'accelerate launch'" in cli("compare", recipe).err
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Bad input: exit code 2, one line, nothing left behind."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
         (["method=lorma-minus"], "method='lorma-minus' is unknown"),
         (["adapter.target_modules=[qeury]"], "'qeury' matches no module; closest names: query"),
         (["adapter.target_modules=qeury"], "Closest names in this model: query"),
+        (["adapter.modules_to_save=[clasifier]"], "adapter.modules_to_save: 'clasifier' matches no module"),
+        (["method=full", "adapter.target_modules=[qeury]"], "'qeury' matches no module"),
         (["adapter.target_modules=[LayerNorm]"], "LayerNorm (LayerNorm) is not supported"),
         (["model.name=minilmm"], "model.name='minilmm' is neither an alias"),
         (["model.name=nobody/nothing"], "model.name='nobody/nothing' cannot be loaded"),
@@ -86,6 +89,20 @@ def break_missing(run):
     (run / "adapter" / "adapter_model.safetensors").unlink()
 
 
+def break_head(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if "classifier" not in n}, path)
+
+
+def break_some_factors(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if "layer.1" not in n}, path)
+
+
+def break_config(run):
+    (run / "adapter" / "adapter_config.json").write_text("[1]")
+
+
 def break_task(run):
     (run / "adapter" / "lorma_task.json").write_text("{}")
 
@@ -100,6 +117,9 @@ def break_task(run):
         (break_method, "NOT_A_METHOD"),
         (break_missing, "has no adapter_model.safetensors"),
         (break_task, "does not describe a task"),
+        (break_head, "classifier"),
+        (break_some_factors, "lacks base_model.model.bert.encoder.layer.1"),
+        (break_config, "adapter_config.json must hold a JSON object"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -112,9 +132,39 @@ def test_broken_adapters(damage, message, run, cli):
         assert len(refused.err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("method", ["lora", "lorma-plus"])
+def test_weights_of_another_method(method, recipe_file, tmp_path, cli):
+    other = "lora" if method == "lorma-plus" else "lorma-plus"
+    for name in (method, other):
+        assert cli("train", recipe_file(), f"method={name}", f"output={tmp_path / name}").code == 0
+    weights = (tmp_path / other / "adapter" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / method / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+    refused = cli("predict", tmp_path / method, "--text", "the film was great")
+    assert refused.code == 2
+    assert "adapter_model.safetensors" in refused.err
+
+
+def test_an_adapter_cannot_ask_for_remote_code(run, tiny_bert, tmp_path, cli):
+    trap, proof = tmp_path / "trap", tmp_path / "ran"
+    shutil.copytree(tiny_bert, trap)
+    config = json.loads((trap / "config.json").read_text())
+    config |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.TrapConfig"}}
+    (trap / "config.json").write_text(json.dumps(config))
+    (trap / "trap.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    kept = json.loads((run / "adapter" / "lorma_task.json").read_text())
+    kept["model"] |= {"name": str(trap), "trust_remote_code": True}
+    (run / "adapter" / "lorma_task.json").write_text(json.dumps(kept))
+    refused = cli("predict", run / "adapter", "--text", "the film was great")
+    assert refused.code == 2
+    assert not proof.exists()
+
+
 def test_predict_arguments(run, tmp_path, cli):
     assert "give either --text or --file" in cli("predict", run).err
     assert "does not exist" in cli("predict", tmp_path / "nothing", "--text", "x").err
+    nowhere = cli("predict", run, "--text", "a", "-o", tmp_path / "no" / "answers.jsonl")
+    assert nowhere.code == 2
+    assert "must be a file in a directory that exists" in nowhere.err
     assert "takes one text, two are given" in cli("predict", run, "--text", "a", "--text-pair", "b").err
     missing = cli("predict", run, "--file", tmp_path / "nothing.csv")
     assert missing.code == 2

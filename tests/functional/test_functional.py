@@ -201,6 +201,15 @@ def test_update_matrix_keeps_small_updates_under_autocast(inflation):
     assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("inflation", F.INFLATIONS)
+def test_low_precision_solves_and_meta_shapes(inflation):
+    A, B = (t.bfloat16() / 4 for t in factors(4, 4))
+    F.init_factors(A, B, 1.0, inflation)
+    assert F.invert(A, B, 1.0, inflation).dtype == torch.bfloat16
+    A, B = torch.empty(2, 6, device="meta"), torch.empty(6, 2, device="meta")
+    assert F.apply_multiplier(torch.empty(3, 6, device="meta"), A, B, 1.0, inflation).shape == (3, 6)
+
+
 def test_non_contiguous_and_empty_inputs():
     A, B = factors(6, 2)
     x = torch.randn(6, 4, dtype=torch.float64).T

@@ -115,7 +115,7 @@ def test_length_and_padding_limits(write: Write, tokenizer: PreTrainedTokenizerB
     assert classify(tokenizer, path).meta["max_length"] == 100
     with pytest.raises(InputError, match=r"data\.max_length: 101 exceeds the model's 100 tokens"):
         classify(tokenizer, path, max_length=101)
-    tokenizer.eos_token = None
+    tokenizer.eos_token = tokenizer.pad_token = None
     with pytest.raises(InputError, match="neither a padding nor an end-of-sequence token"):
         classify(tokenizer, path, max_length=50)
 

@@ -1,5 +1,7 @@
 """Recipes: what is accepted, what is refused and how it is put."""
 
+import json
+
 import pytest
 import yaml
 
@@ -18,7 +20,8 @@ def test_there_are_shipped_recipes():
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
 def test_every_shipped_recipe_is_valid(file):
     recipe = load_recipe(file)
-    assert recipe.output == f"runs/{file.stem}"
+    assert recipe.output == f"runs/{file.stem}/{recipe.method}-seed{recipe.seed}"
+    assert load_recipe(file, many_runs=True).output == f"runs/{file.stem}"
     assert recipe.model.name in ALIASES
 
 
@@ -37,6 +40,10 @@ def test_shipped_recipes_are_found_from_anywhere(name, tmp_path, monkeypatch):
         ("traning.epochs=1", "unknown key 'traning'.*did you mean 'train'"),
         ("adapter.r=0", "adapter.r=0: Input should be greater than or equal to 1"),
         ("adapter.r=2.5", "adapter.r=2.5: Input should be a valid integer"),
+        ("adapter.r=true", "adapter.r=True: Input should be a valid integer"),
+        ("adapter.target_modules='('", r"adapter.target_modules='\(': not a regular expression: missing \)"),
+        ("train.strategy=x", "unknown key 'train.strategy'; allowed here: epochs"),
+        ("seed=99999999999", "seed=99999999999: Input should be less than 4294967296"),
         ("adapter.alpha=.inf", "adapter.alpha=inf: Input should be a finite number"),
         ("adapter.alpha=0", "adapter.alpha=0: Input should be greater than 0"),
         ("adapter.dropout=1", "adapter.dropout=1: Input should be less than 1"),
@@ -85,6 +92,21 @@ def test_overrides_and_round_trip(recipe_file):
     assert recipe.adapter.target_modules == ["query"]
     assert recipe.data.text_pair == "b"
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_yaml_as_people_write_it(recipe_file):
+    recipe = load_recipe(recipe_file(), ["train.learning_rate=1e-3", "data.labels=[no, yes]", "data.label=on"])
+    assert recipe.train.learning_rate == 0.001
+    assert recipe.data.labels == ["no", "yes"]
+    assert recipe.data.label == "on"
+    assert load_recipe(recipe_file(), ["train.gradient_checkpointing=true"]).train.gradient_checkpointing is True
+
+
+def test_paths_of_any_spelling(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe(recipe_file(), ["output=~/runs"]).output == str(tmp_path / "runs")
+    odd = "/tmp/a #b: [c]"
+    assert load_recipe(recipe_file(), [f"output={json.dumps(odd)}"]).output == odd
 
 
 def test_data_files_are_found_beside_the_recipe(recipe_file, reviews, tmp_path_factory, monkeypatch):

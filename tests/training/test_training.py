@@ -99,6 +99,53 @@ def test_a_finished_run_is_not_overwritten_by_accident(recipe_file, tmp_path, cl
     assert adapter.read_bytes() != before
 
 
+@pytest.mark.parametrize("gone", [["summary.json"], ["summary.json", "metrics.jsonl"]])
+def test_overwriting_cut_short_starts_anew(gone, recipe_file, tmp_path, cli, read_json):
+    """--overwrite moves the checkpoints away before anything else, so what is left is never an old run's result."""
+    recipe, run = recipe_file(), tmp_path / "run"
+    assert cli("train", recipe).code == 0
+    (run / "checkpoints").rename(run / ".checkpoints.1.tmp")
+    for name in gone:
+        (run / name).unlink()
+    done = cli("train", recipe)
+    assert done.code == 0, done.err
+    assert "going on" not in done.out
+    assert read_json(run / "summary.json")["steps"] == 6
+    assert not (run / ".checkpoints.1.tmp").exists()
+
+
+@pytest.mark.parametrize("left", ["checkpoints", ".recipe.yaml.7.tmp", ".lock"])
+def test_a_run_that_ended_before_its_recipe_was_written(left, recipe_file, tmp_path, cli):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).mkdir() if left == "checkpoints" else (tmp_path / "run" / left).touch()
+    assert cli("train", recipe_file()).code == 0
+
+
+def test_overwrite_goes_on_with_an_unfinished_run(recipe_file, tmp_path, cli):
+    recipe = recipe_file(train={"max_steps": 12, "batch_size": 8, "save_steps": 6})
+    assert cli("train", recipe).code == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    assert "going on from step 12" in cli("train", recipe, "--overwrite").out
+
+
+def test_one_process_at_a_time(recipe_file, tmp_path, cli):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = cli("train", recipe_file())
+        assert refused.code == 2
+        assert "is being trained by another process" in refused.err
+    assert cli("train", recipe_file()).code == 0
+
+
+def test_names_that_look_like_markup(recipe_file, tmp_path, cli):
+    done = cli("train", recipe_file(), f"output={json.dumps(str(tmp_path / 'o[red]x [/b] #1'))}")
+    assert done.code == 0, done.err
+    assert f"lorma predict {tmp_path / 'o[red]x [/b] #1'} --text" in done.out
+
+
 def test_the_printed_lines_use_the_adapter(recipe_file, tmp_path, cli):
     out = cli("train", recipe_file()).out
     lines = [line.strip() for line in out.splitlines() if line.startswith("    ")]

@@ -50,6 +50,8 @@ def test_defaults_are_the_contact_points():
         ("init_weights", 1, TypeError, "init_weights=1 must be true or false"),
         ("target_modules", 3, TypeError, "target_modules=3 must be a string or a list of strings"),
         ("target_modules", ["q", 3], TypeError, "target_modules must be .*; it holds 3"),
+        ("target_modules", "(", ValueError, r"target_modules='\(' is not a regular expression: missing \)"),
+        ("exclude_modules", "*", ValueError, r"exclude_modules='\*' is not a regular expression"),
         ("modules_to_save", "head", TypeError, "modules_to_save='head' must be a list of strings"),
         ("layers_to_transform", "1", TypeError, "layers_to_transform='1' must be a layer index"),
         ("rank_pattern", {"q": 0}, ValueError, r"rank_pattern\['q'\]=0 must be an int of at least 1"),

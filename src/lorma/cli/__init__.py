@@ -6,10 +6,10 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lorma._version import __version__
 from lorma.cli import compare, evaluate, methods, predict, report, train
+from lorma.cli.common import plain_console
 from lorma.errors import InputError
 
 INTERRUPTED = 130
@@ -44,13 +44,13 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.insert(1, sys.argv.pop(sys.argv.index("--debug")))
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = plain_console(stderr=True)
     try:
         app(prog_name="lorma")
     except InputError as error:
         if debug:
             raise
-        errors.print(f"lorma: {error}", markup=False, highlight=False)
+        errors.print(f"lorma: {error}")
         sys.exit(2)
     except SystemExit as stop:
         if stop.code != INTERRUPTED:
@@ -61,9 +61,7 @@ def main() -> None:
         if debug:
             raise
         reason = " ".join(str(error).split()) or "no message"
-        errors.print(
-            f"lorma: failed: {type(error).__name__}: {reason} (--debug shows more)", markup=False, highlight=False
-        )
+        errors.print(f"lorma: failed: {type(error).__name__}: {reason} (--debug shows more)")
         sys.exit(1)
 
 

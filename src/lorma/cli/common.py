@@ -23,6 +23,11 @@ OverridesArgument = Annotated[
 ]
 
 
+def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that prints paths and messages as they are: no markup in them, no colours guessed, no line broken."""
+    return Console(stderr=stderr, quiet=quiet, markup=False, highlight=False, soft_wrap=True)
+
+
 def silence_libraries() -> None:
     """Turn off transformers' loading bars and chatter; recipes are checked before this costs its import."""
     import os
@@ -46,9 +51,9 @@ def print_table(console: Console, table: Table) -> None:
     shown = _rich_table(table, lines)
     if Console(width=1000).measure(shown).maximum > console.width:
         shown = _rich_table(table, [list(column) for column in zip(*lines, strict=True)])
-    console.print(shown)
+    console.print(shown, soft_wrap=False)
     for note in table.notes:
-        console.print(f"- {note}", highlight=False)
+        console.print(f"- {note}", soft_wrap=False)
 
 
 def _rich_table(table: Table, lines: list[list[str]]) -> RichTable:
@@ -62,4 +67,4 @@ def _rich_table(table: Table, lines: list[list[str]]) -> RichTable:
 
 def print_report_place(console: Console, index: Path) -> None:
     """Say where a report is."""
-    console.print(f"Report: {index}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {index}")

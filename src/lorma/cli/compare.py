@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from lorma.cli.common import OverridesArgument, RecipeArgument, print_report_place, print_table, split_list
+from lorma.cli.common import (
+    OverridesArgument,
+    RecipeArgument,
+    plain_console,
+    print_report_place,
+    print_table,
+    split_list,
+)
 from lorma.errors import InputError
 
 
@@ -35,7 +41,7 @@ def compare(
     from lorma.analysis import build_table, load_run, write_report
     from lorma.training.compare import compare as run_comparison
 
-    console = Console()
+    console = plain_console()
     result = run_comparison(
         recipe,
         overrides or [],
@@ -50,7 +56,7 @@ def compare(
         print_table(console, build_table(runs))
         print_report_place(console, write_report(runs, result.output / "report", title=f"Comparison: {recipe}"))
     if result.failed:
-        console.print(f"Failed, and not in the table: {', '.join(result.failed)}", highlight=False)
+        console.print(f"Failed, and not in the table: {', '.join(result.failed)}")
         raise typer.Exit(1)
 
 

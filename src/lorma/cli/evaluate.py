@@ -15,10 +15,15 @@ def register(app: typer.Typer) -> None:
     )
 
 
-def evaluate(run_dir: Annotated[str, typer.Argument(help="The directory of a finished run.")]) -> None:
+def evaluate(
+    run_dir: Annotated[str, typer.Argument(help="The directory of a finished run.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the base model's repository run its own Python.")
+    ] = False,
+) -> None:
     silence_libraries()
     from lorma.training.inference import evaluate as measure
     from lorma.training.rundir import RunDirectory
 
-    for name, value in measure(RunDirectory(run_dir)).items():
+    for name, value in measure(RunDirectory(run_dir), trust_remote_code=trust_remote_code).items():
         typer.echo(f"{name}\t{value:.6g}")

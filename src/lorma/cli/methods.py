@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from lorma.cli.common import plain_console
 
 
 def register(app: typer.Typer) -> None:
@@ -21,4 +22,4 @@ def methods() -> None:
         table.add_column(column)
     for method in METHODS.values():
         table.add_row(method.name, method.equation, method.parameters, method.source)
-    Console().print(table)
+    plain_console().print(table, soft_wrap=False)

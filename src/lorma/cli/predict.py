@@ -30,17 +30,22 @@ def predict(
         Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 128,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the base model's repository run its own Python.")
+    ] = False,
 ) -> None:
     if bool(text) == bool(file):
         raise InputError("give either --text or --file")
     if text_pair and len(text_pair) != len(text or []):
         raise InputError(f"--text-pair is given {len(text_pair)} times and --text {len(text or [])} times")
+    if output and (output.is_dir() or not output.resolve().parent.is_dir()):
+        raise InputError(f"--output={str(output)!r} must be a file in a directory that exists")
     silence_libraries()
     from lorma.tasks import input_columns, read_prediction_rows, text_row
     from lorma.training.inference import load_predictor
     from lorma.training.rundir import write_atomic
 
-    predictor = load_predictor(source)
+    predictor = load_predictor(source, trust_remote_code=trust_remote_code)
     if file:
         rows = read_prediction_rows(file, predictor.meta)
     else:

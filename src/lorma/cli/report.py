@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from lorma.cli.common import print_report_place, print_table
+from lorma.cli.common import plain_console, print_report_place, print_table
+from lorma.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +21,9 @@ def report(
 ) -> None:
     from lorma.analysis import build_table, load_run, write_report
 
-    console = Console()
+    if output.is_file():
+        raise InputError(f"--output={str(output)!r} is a file; give a directory")
+    console = plain_console()
     runs = [load_run(path) for path in run_dirs]
     print_table(console, build_table(runs))
     print_report_place(console, write_report(runs, output, title="Comparison"))

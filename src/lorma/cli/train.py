@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from lorma.cli.common import OverridesArgument, RecipeArgument, silence_libraries
+from lorma.cli.common import OverridesArgument, RecipeArgument, plain_console, silence_libraries
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +18,9 @@ def register(app: typer.Typer) -> None:
 def train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what is in the output directory.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished run, or one of another recipe.")
+    ] = False,
     usage: Annotated[bool, typer.Option(help="Print the lines of Python that use the adapter.")] = True,
 ) -> None:
     from lorma.training.recipe import load_recipe
@@ -32,10 +33,10 @@ def train(
     from lorma.training.processes import processes
     from lorma.training.run import train as train_recipe
 
-    console = Console(quiet=not processes().is_main_process)
+    console = plain_console(quiet=not processes().is_main_process)
     run = train_recipe(loaded, overwrite=overwrite, console=console)
     if usage:
-        console.print(f"Finished: {run.path}. To use it from Python:", highlight=False, soft_wrap=True)
+        console.print(f"Finished: {run.path}. To use it from Python:")
         for line in usage_lines(run):
-            console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"or from here: lorma predict {run.path} --text '…'", highlight=False, soft_wrap=True)
+            console.print(f"    {line}")
+        console.print(f"or from here: lorma predict {run.path} --text '…'")

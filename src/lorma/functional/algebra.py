@@ -13,6 +13,7 @@ from lorma.functional.multiplier import (
     check_inflation,
     check_side,
     multiplier,
+    widen,
 )
 
 
@@ -29,7 +30,7 @@ def condition_number(A: Tensor, B: Tensor, scaling: float, inflation: Inflation)
     """
     check_factors(A, B)
     check_inflation(inflation)
-    A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
+    A, B = widen(A), widen(B)
     matrix = _core(A, B, scaling) if inflation == "plus" else multiplier(A, B, scaling, inflation)
     if inflation == "none" and A.shape[-2] < A.shape[-1]:
         return torch.full(matrix.shape[:-2], torch.inf, dtype=matrix.dtype, device=matrix.device)
@@ -47,7 +48,8 @@ def invert_plus(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         torch.linalg.LinAlgError: if I_r + s·AB is singular.
     """
     check_factors(A, B)
-    return -torch.linalg.solve(_core(A, B, scaling), A), B
+    solved = torch.linalg.solve(_core(widen(A), widen(B), scaling), widen(A))
+    return -solved.to(A.dtype), B
 
 
 def invert(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
@@ -61,11 +63,12 @@ def invert(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor
     """
     n = check_factors(A, B)
     check_inflation(inflation)
+    dtype, A, B = A.dtype, widen(A), widen(B)
     if inflation == "plus":
-        return multiplier(*invert_plus(A, B, scaling), scaling, "plus")
+        return multiplier(*invert_plus(A, B, scaling), scaling, "plus").to(dtype)
     if inflation == "none" and A.shape[-2] < n:
         raise ValueError(f"inflation='none' with r = {A.shape[-2]} < n = {n} has no inverse: its rank is at most r")
-    return torch.linalg.inv(multiplier(A, B, scaling, inflation))
+    return torch.linalg.inv(multiplier(A, B, scaling, inflation)).to(dtype)
 
 
 def compose(

@@ -14,6 +14,7 @@ of rank r + 1 and needs no n × n identity either.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -23,6 +24,11 @@ Inflation = Literal["plus", "permutation", "none"]
 Side = Literal["pre", "post"]
 INFLATIONS: tuple[Inflation, ...] = get_args(Inflation)
 SIDES: tuple[Side, ...] = get_args(Side)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """``tensor`` in at least float32, where solving and merging are done."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def check_factors(A: Tensor, B: Tensor) -> int:
@@ -107,7 +113,8 @@ def update_matrix(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) ->
     """
     n = check_factors(A, B)
     check_inflation(inflation)
-    with torch.autocast(device_type=A.device.type, enabled=False):
+    device = A.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         if inflation == "permutation":
             first = torch.zeros_like(A[..., :1, :])
             first[..., 0] = 1

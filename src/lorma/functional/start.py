@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lorma.functional.multiplier import Inflation, check_factors, check_inflation
+from lorma.functional.multiplier import Inflation, check_factors, check_inflation, widen
 
 
 @torch.no_grad()
@@ -41,5 +41,5 @@ def init_factors(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> 
         B.div_(root)
         B[:, 0] = 1 / root
     else:
-        A.copy_(torch.linalg.pinv(B) / root)
+        A.copy_(torch.linalg.pinv(widen(B)) / root)
         B.div_(root)

@@ -73,10 +73,18 @@ class CausalLM(Task):
 
 
 def prompt_text(row: Row, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model is to continue: the row's prompt or text, or its messages rendered up to the assistant's turn."""
+    """What the model is to continue: the row's prompt or text, or its messages rendered up to the assistant's turn.
+
+    Turns of the assistant at the end, as training data has them, are what is asked for and so left out.
+    """
     if meta["format"] == "messages":
         place = f"column {meta['messages']!r} of a row to predict"
-        return render(check_messages(row.get(meta["messages"]), place), tokenizer, place, generation=True)
+        messages = check_messages(row.get(meta["messages"]), place)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise InputError(f"{place} has no turn to answer")
+        return render(messages, tokenizer, place, generation=True)
     return cell_text(row, meta["prompt"] or meta["text"])
 
 

@@ -119,13 +119,11 @@ class ProgressBar(TrainerCallback):
             f"{key[5:]} {value:.4f}" for key, value in logs.items() if key[:5] == "eval_" and key not in NOT_METRICS
         ]
         if shown:
-            self.console.print(f"  step {state.global_step}: evaluation {', '.join(shown)}", highlight=False)
+            self.console.print(f"  step {state.global_step}: evaluation {', '.join(shown)}")
         elif "loss" in logs and not self.console.is_terminal and state.global_step % max(1, state.max_steps // 10) == 0:
             pace = (time.perf_counter() - self.started) / max(1, state.global_step - self.first_step)
             left = pace * (state.max_steps - state.global_step)
-            self.console.print(
-                f"  step {state.global_step}/{state.max_steps}: loss {self.loss:.4f}, ETA {left:.0f} s", highlight=False
-            )
+            self.console.print(f"  step {state.global_step}/{state.max_steps}: loss {self.loss:.4f}, ETA {left:.0f} s")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

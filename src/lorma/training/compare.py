@@ -6,18 +6,19 @@ the others with it.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from lorma.errors import InputError
-from lorma.training.methods import get_method
-from lorma.training.recipe import Recipe, differences, load_recipe
+from lorma.training.recipe import Recipe, differences, load_recipe, parse_recipe
 from lorma.training.rundir import RunDirectory
 
 
@@ -54,25 +55,26 @@ def compare(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("lorma compare starts its own processes; give the launcher as --launcher 'accelerate launch'")
-    recipe = load_recipe(recipe_path, overrides)
-    methods, seeds = methods or recipe.compare.methods, seeds or recipe.compare.seeds
-    for name in methods:
-        get_method(name)
+    recipe = load_recipe(recipe_path, overrides, many_runs=True)
+    chosen: dict[str, Any] = {"methods": methods, "seeds": seeds}
+    changes = {key: value for key, value in chosen.items() if value is not None}
+    recipe = parse_recipe(recipe.model_dump() | {"compare": recipe.compare.model_dump() | changes})
+    methods, seeds = recipe.compare.methods, recipe.compare.seeds
     planned = [_plan(recipe, method, seed) for seed in seeds for method in methods]
     result = Comparison(Path(recipe.output))
     waiting = [run for run in planned if overwrite or not _is_done(run)]
     for number, run in enumerate(planned, start=1):
         name = Path(run.output).name
         if run not in waiting:
-            console.print(f"[{number}/{len(planned)}] {name}: done before", markup=False, highlight=False)
+            console.print(f"[{number}/{len(planned)}] {name}: done before")
         else:
-            console.print(f"[{number}/{len(planned)}] {name}", markup=False, highlight=False)
+            console.print(f"[{number}/{len(planned)}] {name}")
             command = _command(recipe_path, overrides, run, overwrite, launcher)
             status = subprocess.run(command, check=False).returncode
             if status == 2:
                 raise InputError(f"{name} was refused (see above); nothing further was started")
             if status != 0:
-                console.print(f"  {name} failed with exit code {status}", highlight=False)
+                console.print(f"  {name} failed with exit code {status}")
                 result.failed.append(name)
                 continue
         result.finished.append(Path(run.output))
@@ -98,7 +100,7 @@ def _is_done(recipe: Recipe) -> bool:
 
 def _command(recipe_path: str, overrides: list[str], run: Recipe, overwrite: bool, launcher: str | None) -> list[str]:
     start = shlex.split(launcher) if launcher else [sys.executable]
-    chosen = [f"method={run.method}", f"seed={run.seed}", f"output={run.output}"]
+    chosen = [f"method={run.method}", f"seed={run.seed}", f"output={json.dumps(run.output)}"]
     return [
         *start,
         "-m",

@@ -61,8 +61,11 @@ class Predictor:
         return [{"completion": text} for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def load_predictor(path: str | Path) -> Predictor:
+def load_predictor(path: str | Path, *, trust_remote_code: bool = False) -> Predictor:
     """Load a finished run, its ``adapter`` folder, or its ``model`` folder.
+
+    ``trust_remote_code`` lets the base model's repository run its own Python. What the folder itself says about that is
+    not asked: adapters are passed around.
 
     Raises:
         InputError: a path that is none of them, an unfinished run, or weights that are broken or do not fit.
@@ -70,13 +73,16 @@ def load_predictor(path: str | Path) -> Predictor:
     folder = _weights_folder(Path(path).expanduser())
     kept = _read_json(folder / META_FILE)
     try:
-        spec, meta = ModelSpec.model_validate(kept["model"]), dict(kept["data"])
+        asked = {**kept["model"], "trust_remote_code": trust_remote_code}
+        spec, meta = ModelSpec.model_validate(asked), dict(kept["data"])
         task = get_task(meta["task"])
+        for key in ("format", "text", "labels", "max_length"):
+            meta[key]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / META_FILE} does not describe a task ({' '.join(str(error).split())})") from None
     whole = not (folder / "adapter_config.json").is_file()
     if whole:
-        spec = ModelSpec(name=str(folder.resolve()), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+        spec = spec.model_copy(update={"name": str(folder.resolve()), "gguf_file": None, "revision": None})
     tokenizer = load_tokenizer(spec)
     model: Any = load_model(spec, task.auto_model, **task.model_kwargs(meta, tokenizer))
     if not whole:
@@ -92,18 +98,27 @@ def load_adapter(model: Any, folder: Path) -> Any:
         InputError: a missing, truncated or foreign weights file, a configuration with a wrong value, shapes that do
             not fit the base model.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     if not (folder / WEIGHTS_NAME).is_file():
         raise InputError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
+    _read_json(folder / "adapter_config.json")
     try:
-        adapter_shapes(folder / WEIGHTS_NAME)
-        return PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        found = adapter_shapes(folder / WEIGHTS_NAME)
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except KeyError as error:
+        raise InputError(f"{folder} cannot be used: it has no entry {error}") from error
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise InputError(f"{folder} cannot be used: {' '.join(str(error).split())}") from error
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() ^ found.keys()):
+        fault = "lacks" if name in expected else "holds"
+        raise InputError(f"{folder} cannot be used: its {WEIGHTS_NAME} {fault} {name}, so it belongs to another model")
+    return adapted
 
 
-def evaluate(run: RunDirectory) -> dict[str, float]:
+def evaluate(run: RunDirectory, *, trust_remote_code: bool = False) -> dict[str, float]:
     """The metrics of a finished run on its evaluation rows, measured again from the saved weights.
 
     Raises:
@@ -115,7 +130,7 @@ def evaluate(run: RunDirectory) -> dict[str, float]:
     from lorma.training.run import training_arguments
 
     recipe = run.read_recipe()
-    predictor = load_predictor(run.path)
+    predictor = load_predictor(run.path, trust_remote_code=trust_remote_code)
     prepared = predictor.task.prepare(recipe.data, predictor.tokenizer)
     trainer = Trainer(
         model=predictor.model,
@@ -145,6 +160,12 @@ def usage_lines(run: RunDirectory) -> list[str]:
         arguments.append(f"gguf_file={source.gguf_file!r}")
     if not isinstance(task, CausalLM) and not whole:
         arguments.append(f"num_labels={len(meta['labels'] or [0])}")
+    if source.revision and not whole:
+        arguments.append(f"revision={source.revision!r}")
+    if recipe.model.dtype != "float32":
+        arguments.append(f"dtype={recipe.model.dtype!r}")
+    if recipe.model.trust_remote_code:
+        arguments.append("trust_remote_code=True")
     load = f"transformers.{task.auto_model}.from_pretrained({', '.join(arguments)})"
     if whole:
         return ["import transformers", f"model = {load}"]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
-from lorma.errors import InputError, closest
+from lorma.errors import InputError
 from lorma.training.methods import Method
 from lorma.training.packaged import Source, find_model, install_hint
+from lorma.tuners.targets import closest_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,26 +103,25 @@ def attach(model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_ty
         InputError: target modules that match nothing or are of an unsupported kind, or a value that the method
             does not allow.
     """
+    _check_names(model, "adapter.target_modules", adapter.target_modules)
+    _check_names(model, "adapter.modules_to_save", adapter.modules_to_save)
     if method.build is None:
         return model
     from peft import get_peft_model
 
-    _check_targets(model, adapter.target_modules)
     try:
         return get_peft_model(model, method.build(adapter, task_type))
     except (ValueError, TypeError) as error:
         raise InputError(f"adapter: {error}") from error
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str] | str | None) -> None:
-    if not isinstance(targets, list):
+def _check_names(model: PreTrainedModel, key: str, wanted: list[str] | str | None) -> None:
+    if not isinstance(wanted, list):
         return
-    names = [name for name, _ in model.named_modules() if name]
-    leaves = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
-    for target in targets:
+    names = [name for name, _ in model.named_modules()]
+    for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            near = closest(target, leaves) or leaves[:8]
-            raise InputError(f"adapter.target_modules: {target!r} matches no module; closest names: {', '.join(near)}")
+            raise InputError(f"{key}: {target!r} matches no module; closest names: {closest_modules(model, [target])}")
 
 
 def count_parameters(model: Any) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorma.errors import InputError, did_you_mean
 from lorma.tasks import TASKS, DataSpec
+from lorma.tasks.table import PACKAGED
 from lorma.training.methods import get_method
-from lorma.training.packaged import find_recipe
+from lorma.training.packaged import ALIASES, find_recipe
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -19,7 +21,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of a recipe; unknown keys are errors and values do not change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSpec(Section):
@@ -47,6 +49,15 @@ class AdapterSpec(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_a_pattern(cls, value: list[str] | str | None) -> list[str] | str | None:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
 
 
 class TrainSpec(Section):
@@ -96,7 +107,7 @@ class Recipe(Section):
     adapter: AdapterSpec = AdapterSpec()
     train: TrainSpec = TrainSpec()
     compare: CompareSpec = CompareSpec()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     output: str = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -114,28 +125,58 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+class RecipeLoader(yaml.SafeLoader):
+    """YAML as people write recipes: ``1e-3`` is a number, and only ``true`` and ``false`` are truth values, so that
+    ``no`` and ``on`` can be labels and column names.
+    """
+
+
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver(BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+RecipeLoader.add_implicit_resolver(
+    FLOAT,
+    re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None, *, many_runs: bool = False) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides.
 
-    ``path`` may also be the name of a recipe that ships with the package. Data files named in it are looked for from
-    the current directory, then beside the recipe, and kept as absolute paths.
+    ``path`` may also be the name of a recipe that ships with the package. Data files and model directories named in it
+    are looked for from the current directory, then beside the recipe, and kept as absolute paths. An ``output`` left
+    out is ``runs/<recipe>/<method>-seed<seed>``, or with ``many_runs`` the folder above that, where
+    ``lorma compare`` puts its runs.
 
     Raises:
         InputError: a missing file, broken YAML, an unknown key (with the nearest one) or a value that is not allowed.
     """
     file = find_recipe(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold keys and values, found {type(content).__name__}")
-    content.setdefault("output", f"runs/{file.stem}")
     for override in overrides or []:
         _apply(content, override)
-    recipe = parse_recipe(content)
-    located = {key: _located(value, file.parent) for key in ("train", "eval") if (value := getattr(recipe.data, key))}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=located)})
+    recipe = parse_recipe({"output": f"runs/{file.stem}", **content})
+    output = recipe.output
+    if "output" not in content and not many_runs:
+        output = f"{output}/{recipe.method}-seed{recipe.seed}"
+    data = {key: _located(value, file.parent) for key in ("train", "eval") if (value := getattr(recipe.data, key))}
+    name = recipe.model.name if recipe.model.name in ALIASES else _located(recipe.model.name, file.parent)
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update=data),
+            "model": recipe.model.model_copy(update={"name": name}),
+            "output": str(Path(output).expanduser()),
+        }
+    )
 
 
 def parse_recipe(content: dict[str, Any]) -> Recipe:
@@ -168,7 +209,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise InputError(f"override {override!r} is not of the form section.key=value")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = yaml.load(text, RecipeLoader) if text else None
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: the value is not valid YAML") from None
     *sections, last = key.split(".")
@@ -181,6 +222,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _located(name: str, beside: Path) -> str:
+    if name in PACKAGED:
+        return name
     for path in (Path(name).expanduser(), beside / name):
         if path.exists():
             return str(path.resolve())
@@ -189,7 +232,7 @@ def _located(name: str, beside: Path) -> str:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "constrained"))]
+    place = [str(part) for part in first["loc"] if part != "str" and "[" not in str(part)]
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
         allowed = _keys(place[:-1])

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorma._version import __version__
 from lorma.analysis import loss_auc
+from lorma.analysis.runs import SCHEMA_VERSION
 from lorma.tasks import Task, get_task
 from lorma.training.callbacks import ProgressBar, RunRecorder
 from lorma.training.inference import META_FILE
@@ -24,8 +25,6 @@ from lorma.training.models import attach, count_parameters, load_model, load_tok
 from lorma.training.processes import processes
 from lorma.training.recipe import Recipe
 from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory, write_atomic, write_folder
-
-SCHEMA_VERSION = 1
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> RunDirectory:
@@ -40,7 +39,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         InputError: before anything is written, for whatever in the recipe, the data or the model cannot be used.
         DivergedError: the loss became infinite or not a number.
     """
-    console = console or Console(quiet=not processes().is_main_process)
+    console = console or Console(quiet=not processes().is_main_process, markup=False, highlight=False)
     run, task = RunDirectory(recipe.output), get_task(recipe.task)
     run.check(recipe, overwrite)
     set_seed(recipe.seed)
@@ -61,11 +60,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     console.print(
         f"{recipe.method} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
         f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
-        f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}",
-        highlight=False,
+        f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}"
     )
     if checkpoint:
-        console.print(f"  going on from step {run.last_step()}", highlight=False)
+        console.print(f"  going on from step {run.last_step()}")
 
     bar = ProgressBar(console, recipe.method)
     trainer = Trainer(
@@ -84,11 +82,12 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         processes().wait_for_everyone()
         if not _evaluations(run, at_step=trainer.state.global_step):
             trainer.evaluate()
+        if processes().is_main_process:
+            _save(trainer, recipe, run, prepared.meta)
+            write_atomic(run.summary_file, json.dumps(_summary(recipe, task, run, recorder, counts), indent=2) + "\n")
     finally:
         bar.close()
-    if processes().is_main_process:
-        _save(trainer, recipe, task, run, {**prepared.meta, "name": locate(recipe.model).remembered})
-        write_atomic(run.summary_file, json.dumps(_summary(recipe, task, run, recorder, counts), indent=2) + "\n")
+        run.close()
     processes().wait_for_everyone()
     return run
 
@@ -137,18 +136,20 @@ def _evaluations(run: RunDirectory, at_step: int | None = None) -> list[dict[str
     ]
 
 
-def _save(trainer: Trainer, recipe: Recipe, task: Task, run: RunDirectory, meta: dict[str, Any]) -> None:
+def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, Any]) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
+    name = locate(recipe.model).remembered
 
     def fill(folder: Path) -> None:
         if hasattr(model, "peft_config"):
-            model.peft_config["default"].base_model_name_or_path = meta["name"]
+            model.peft_config["default"].base_model_name_or_path = name
             model.save_pretrained(folder, save_embedding_layers=False)
         else:
             model.save_pretrained(folder)
             tokenizer: Any = trainer.processing_class
             tokenizer.save_pretrained(folder)
-        kept = {"model": recipe.model.model_dump(exclude={"name"}) | {"name": meta["name"]}, "data": meta}
+        base = recipe.model.model_dump(exclude={"trust_remote_code"}) | {"name": name}
+        kept = {"model": base, "data": meta}
         (folder / META_FILE).write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")
 
     write_folder(run.adapter if hasattr(model, "peft_config") else run.model, fill)
@@ -160,7 +161,9 @@ def _summary(
     entries = run.metrics()
     points = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     evaluations = _evaluations(run)
-    best = (max if task.greater_is_better else min)(evaluations, key=lambda metrics: metrics[task.primary_metric])
+    defined = [metrics for metrics in evaluations if metrics[task.primary_metric] is not None]
+    choose = max if task.greater_is_better else min
+    best = choose(defined, key=lambda metrics: metrics[task.primary_metric], default=evaluations[-1])
     return {
         "schema_version": SCHEMA_VERSION,
         "method": recipe.method,

@@ -8,17 +8,18 @@ name by a rename. So a kill, a full disk or Ctrl-C at any moment leaves a direct
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from lorma.errors import InputError
-from lorma.training.recipe import Recipe, differences, parse_recipe
+from lorma.training.recipe import Recipe, RecipeLoader, differences, parse_recipe
 
 MARKER = "complete"
 KEPT_CHECKPOINTS = 2
@@ -35,6 +36,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
+        self.lock_file = self.path / ".lock"
+        self._lock: IO[str] | None = None
 
     @property
     def finished(self) -> bool:
@@ -50,12 +53,13 @@ class RunDirectory:
         if not self.recipe_file.is_file():
             raise InputError(f"{self.path} is not a run directory: it has no recipe.yaml")
         try:
-            content = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            raise InputError(f"{self.recipe_file} is not valid YAML") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{self.recipe_file} must hold keys and values")
-        return parse_recipe(content)
+            content = yaml.load(self.recipe_file.read_text(encoding="utf-8"), RecipeLoader)
+            if not isinstance(content, dict):
+                raise InputError("it must hold keys and values")
+            return parse_recipe(content)
+        except (yaml.YAMLError, InputError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.recipe_file} was not written by this version of lorma: {reason}") from None
 
     def check(self, recipe: Recipe, overwrite: bool) -> None:
         """Refuse to train ``recipe`` here if that would destroy or mix anything; ``overwrite`` allows it for a run.
@@ -65,7 +69,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output={str(self.path)!r} is a file; name a directory")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(_is_ours(entry) for entry in self.path.iterdir()):
             return
         if not self.recipe_file.is_file():
             raise InputError(f"output={str(self.path)!r} holds other files and no run; name a new directory")
@@ -81,18 +85,54 @@ class RunDirectory:
             )
 
     def open(self, recipe: Recipe, overwrite: bool) -> None:
-        """Make the directory ready to train ``recipe`` from the start or from its last checkpoint."""
-        if overwrite:
+        """Make the directory ready to train ``recipe`` from the start or from its last checkpoint.
+
+        ``overwrite`` clears a finished run and a run of another recipe; an unfinished run of this recipe goes on, so
+        that an interrupted ``--overwrite`` does. What is cleared goes in an order that leaves either a finished run or
+        an unfinished one without checkpoints at any moment.
+
+        Raises:
+            InputError: another process is training here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if overwrite and self.recipe_file.is_file() and (self.finished or not self._holds(recipe)):
+            if self.checkpoints.is_dir():
+                os.replace(self.checkpoints, self.path / f".checkpoints.{os.getpid()}.tmp")
             for path in (self.summary_file, self.metrics_file):
                 path.unlink(missing_ok=True)
-            for folder in (self.checkpoints, self.adapter, self.model):
+            for folder in (self.adapter, self.model):
                 shutil.rmtree(folder, ignore_errors=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomic(self.recipe_file, recipe.to_yaml())
-        for folder in self.checkpoints.iterdir():
+        self.checkpoints.mkdir(exist_ok=True)
+        for left_over in self.path.glob(".*.tmp"):
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        for folder in self.checkpoints.glob("checkpoint-*"):
             if not (folder / MARKER).is_file():
                 shutil.rmtree(folder)
         self._trim_metrics(self.last_step())
+
+    def close(self) -> None:
+        """Let other processes train here."""
+        if self._lock is not None:
+            self._lock.close()
+            self.lock_file.unlink(missing_ok=True)
+            self._lock = None
+
+    def _holds(self, recipe: Recipe) -> bool:
+        try:
+            return not differences(self.read_recipe(), recipe)
+        except InputError:
+            return False
+
+    def _take_lock(self) -> None:
+        self._lock = self.lock_file.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            self._lock = None
+            raise InputError(f"output={str(self.path)!r} is being trained by another process") from None
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -146,6 +186,11 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_ours(entry: Path) -> bool:
+    """What a run leaves when it ends before its recipe is written."""
+    return entry.name in ("checkpoints", ".lock") or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -18,6 +18,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
+from lorma.functional.multiplier import widen
+
 
 class SnapshotMerge(BaseTunerLayer):
     """Mixin of a tuner layer: ``merge``, ``unmerge`` and ``get_delta_weight`` from one formula for ΔW."""
@@ -32,7 +34,7 @@ class SnapshotMerge(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging ``adapter`` alone would add to the unmerged base weight, in at least float32."""
         weight = self._snapshot if self._snapshot is not None else self._floating_weight()
-        return self.delta_weight_of(adapter, _widen(weight))
+        return self.delta_weight_of(adapter, widen(weight))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -52,8 +54,8 @@ class SnapshotMerge(BaseTunerLayer):
         if not names:
             return
         current = self._floating_weight()
-        original = current if self._snapshot is None else self._snapshot
-        merged = _widen(original)
+        original = current if self._snapshot is None else self._snapshot.to(current.device, current.dtype)
+        merged = widen(original)
         for name in [*self.merged_adapters, *names]:
             merged = merged + self.delta_weight_of(name, merged)
         merged = merged.to(original.dtype)
@@ -86,7 +88,3 @@ class SnapshotMerge(BaseTunerLayer):
                 "(float16, bfloat16, float32 or float64)"
             )
         return weight
-
-
-def _widen(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))

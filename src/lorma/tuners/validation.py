@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,6 +62,15 @@ def check_names(name: str, value: Any, *, pattern: bool = True) -> None:
             return
         raise TypeError(f"{name} must be {kinds}; it holds {wrong[0]!r}")
     raise TypeError(f"{name}={value!r} must be {kinds}, not {type(value).__name__}")
+
+
+def check_regex(name: str, value: Any) -> None:
+    """A string must compile as a regular expression; other values are not looked at."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{name}={value!r} is not a regular expression: {error}") from None
 
 
 def check_pattern(name: str, value: Any, check: Any) -> None:

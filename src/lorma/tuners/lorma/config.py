@@ -41,7 +41,7 @@ class LormaConfig(PeftConfig):
         target_modules: names (matched at the end of a module's path), a regular expression, or ``"all-linear"``;
             None takes PEFT's choice for LoRA on this architecture.
         exclude_modules: names or a regular expression to leave out.
-        fan_in_fan_out: the layer stores its weight as in × out. Set automatically for transformers' ``Conv1D``.
+        fan_in_fan_out: accepted as in PEFT's LoRA; which way a layer stores its weight is read off its kind.
         bias: which biases train: ``"none"``, ``"all"`` or ``"lorma_only"`` (those of adapted layers).
         modules_to_save: further modules that are trained and saved whole.
         init_weights: False starts from random A and B, which is *not* the identity; for tests.
@@ -66,7 +66,7 @@ class LormaConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regular expression to leave out."}
     )
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "The layer stores its weight as in x out."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "As in PEFT's LoRA; read off the kind of layer."})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'lorma_only'."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained and saved whole."}
@@ -103,6 +103,7 @@ class LormaConfig(PeftConfig):
             check.check_bool(name, getattr(self, name))
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             check.check_names(name, getattr(self, name))
+            check.check_regex(name, getattr(self, name))
         check.check_names("modules_to_save", self.modules_to_save, pattern=False)
         self._check_layers()
         self.rank_pattern = self.rank_pattern or {}

@@ -140,8 +140,6 @@ class Linear(nn.Module, LormaLayer):
         return delta.T if self.fan_in_fan_out else delta
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names: a batch of several adapters is not supported yet")
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

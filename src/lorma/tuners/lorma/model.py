@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from lorma.errors import closest
 from lorma.tuners.lorma.layer import Linear, LormaLayer
+from lorma.tuners.targets import closest_modules
+
+MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_FUSED_MODULES = ("out_proj", "conv1d")
 
 
 class LormaModel(BaseTuner):
@@ -27,13 +32,13 @@ class LormaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; target modules that match nothing are refused with the closest names there are."""
-        names = [name for name, _ in model.named_modules() if name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            raise NoMatchingPeftModuleError(
-                f"{error} {_closest_names(self.peft_config[adapter_name], names)}"
-            ) from None
+            config: Any = self.peft_config[adapter_name]
+            targets = config.target_modules or ()
+            near = closest_modules(model, [targets] if isinstance(targets, str) else sorted(targets))
+            raise NoMatchingPeftModuleError(f"{error} Closest names in this model: {near}.") from None
 
     def _create_and_replace(
         self,
@@ -75,10 +80,24 @@ class LormaModel(BaseTuner):
                 layer.cast_adapter(adapter_name, dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters in place; with ``safe_merge`` nothing is changed unless every factor is finite."""
+        """Merge adapters in place. If one layer refuses, the layers before it are put back as they were."""
         if safe_merge:
             self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        before = [(layer, list(layer.merged_adapters)) for layer in self._layers()]
+        try:
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        except Exception:
+            for layer, names in reversed(before):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    layer.merge(adapter_names=names)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Unmerge every layer, the last one first: layers may share one weight, and then the order matters."""
+        for layer in reversed(self._layers()):
+            with onload_layer(layer):
+                layer.unmerge()
 
     def _unload_and_optionally_merge(
         self,
@@ -91,6 +110,22 @@ class LormaModel(BaseTuner):
             self._check_finite(adapter_names)
         unload: Any = super()._unload_and_optionally_merge
         return unload(merge, progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: a batch of several adapters is not supported yet")
+        yield
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Refuse what Mamba's fused kernels read without calling; PEFT's own check knows LoRA by name only."""
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in MAMBA_MODEL_TYPES and target_name in MAMBA_FUSED_MODULES:
+            raise ValueError(
+                f"[PEFT:LORMA] Module '{target_name}' is incompatible with Mamba-based models "
+                f"(model_type='{model_type}'): its weight is read without calling it. "
+                "Please remove it from `target_modules`."
+            )
 
     def _layers(self) -> list[LormaLayer]:
         return [module for module in self.model.modules() if isinstance(module, LormaLayer)]
@@ -109,9 +144,14 @@ class LormaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT, after checking that the file holds exactly the factors this model asks for."""
+        """As in PEFT, after checking that every factor in the file has a place of its shape in the model.
+
+        Raises:
+            ValueError: naming the layer, the expected and the found shape. Factors that are *missing* are left to PEFT,
+                which reports them: setting a part of an adapter's state is allowed.
+        """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
+        places = {
             f"{path}.{factors}.{adapter_name}": tuple(getattr(layer, factors)[adapter_name].shape)
             for path, layer in model.named_modules()
             if isinstance(layer, LormaLayer)
@@ -119,20 +159,18 @@ class LormaModel(BaseTuner):
             if adapter_name in getattr(layer, factors)
         }
         prefix = "base_model.model."
-        if not any(name.startswith(prefix) for name in expected):
-            found = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in remapped.items()}
-        else:
-            found = {name: tuple(tensor.shape) for name, tensor in remapped.items()}
-        for name, shape in expected.items():
-            if name not in found:
-                raise ValueError(f"the adapter file has no weights for {name} {shape}; it belongs to another model")
-            if found[name] != shape:
+        wrapped = any(name.startswith(prefix) for name in places)
+        for key, tensor in remapped.items():
+            if ".lorma_A" not in key and ".lorma_B" not in key:
+                continue
+            name = key if wrapped else key.removeprefix(prefix)
+            if name not in places:
+                raise ValueError(f"the adapter file holds {name}, which the adapted model does not have")
+            if tuple(tensor.shape) != places[name]:
                 raise ValueError(
-                    f"the adapter does not fit the base model: {name} should have shape {shape}, found {found[name]}"
+                    f"the adapter does not fit the base model: {name} should have shape {places[name]}, "
+                    f"found {tuple(tensor.shape)}"
                 )
-        foreign = [name for name in found if (".lorma_A" in name or ".lorma_B" in name) and name not in expected]
-        if foreign:
-            raise ValueError(f"the adapter file holds {foreign[0]}, which the adapted model does not have")
         return remapped
 
 
@@ -147,11 +185,3 @@ def _check_supported(target: nn.Module, name: str) -> None:
             f"Target module {name} ({type(target).__name__}) is not supported. Currently, only the following modules "
             "are supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
         )
-
-
-def _closest_names(config: Any, names: list[str]) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
-    wanted = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
-    near = [match for target in wanted for match in closest(target.rpartition(".")[2], leaves)]
-    shown = list(dict.fromkeys(near)) or leaves[:8]
-    return f"Closest names in this model: {', '.join(shown)}."
