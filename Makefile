@@ -10,10 +10,10 @@ quickstart: $(VENV)/.demo  ## Install, then compare LoRA with LoRMA on real revi
 	$(BIN)/lorma compare recipes/quickstart.yaml
 
 test: $(VENV)/.dev  ## Install, then run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 test-fast: $(VENV)/.dev  ## Without real models and subprocesses
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
 
 check: $(VENV)/.dev  ## Lint, format and types
 	$(BIN)/ruff check .

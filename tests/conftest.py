@@ -10,6 +10,8 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread a worker: tests run side by side, and threads that wait for each other's cores cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "200"
 
 settings.register_profile("lorma", deadline=None, derandomize=True)

@@ -30,11 +30,19 @@ def recipe(recipe_file):
     return recipe_file(adapter={"r": 2, "dropout": 0.2}, train=TRAIN)
 
 
+@pytest.fixture(scope="module")
+def undisturbed_run():
+    return {}
+
+
 @pytest.fixture
-def undisturbed(recipe, tmp_path):
-    done = cli_process("train", recipe, f"output={tmp_path / 'undisturbed'}")
-    assert done.code == 0, done.err
-    return tmp_path / "undisturbed"
+def undisturbed(recipe, undisturbed_run, tmp_path):
+    """The run that nothing happened to, trained once for this module."""
+    if not undisturbed_run:
+        done = cli_process("train", recipe, f"output={tmp_path / 'undisturbed'}")
+        assert done.code == 0, done.err
+        undisturbed_run["path"] = tmp_path / "undisturbed"
+    return undisturbed_run["path"]
 
 
 def lines(run):
