@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+
 from helpers_cli import cli_process
 
 pytestmark = pytest.mark.slow
@@ -67,6 +68,8 @@ def test_smollm2_trains_saves_reloads_in_a_new_process_and_generates(sums, tmp_p
     assert again.returncode == 0, again.stderr
     length, change = json.loads(again.stdout.splitlines()[-1])
     assert 1 <= length <= 8
+    for file in (tmp_path / "run" / "adapter").glob("*.[jm]*"):
+        assert source.path not in file.read_text()
     assert change > 0.1
 
 

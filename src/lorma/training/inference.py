@@ -14,11 +14,8 @@ from lorma.errors import InputError
 from lorma.tasks import CausalLM, Task, get_task
 from lorma.training.models import load_model, load_tokenizer
 from lorma.training.recipe import ModelSpec
-from lorma.training.rundir import RunDirectory
+from lorma.training.rundir import META_FILE, RunDirectory
 from lorma.tuners.adapter_file import WEIGHTS_NAME, adapter_shapes
-
-META_FILE = "lorma_task.json"
-"""Lies beside the weights and says which model and which kind of data they were trained on."""
 
 BATCH = 16
 

@@ -18,13 +18,12 @@ from lorma.analysis import loss_auc
 from lorma.analysis.runs import SCHEMA_VERSION
 from lorma.tasks import Task, get_task
 from lorma.training.callbacks import ProgressBar, RunRecorder
-from lorma.training.inference import META_FILE
 from lorma.training.memory import peak_memory, reset_peak_memory
 from lorma.training.methods import get_method
 from lorma.training.models import attach, count_parameters, load_model, load_tokenizer, locate
 from lorma.training.processes import processes
 from lorma.training.recipe import Recipe
-from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory, write_atomic, write_folder
+from lorma.training.rundir import KEPT_CHECKPOINTS, META_FILE, RunDirectory, write_atomic, write_folder
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> RunDirectory:
@@ -142,14 +141,17 @@ def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, A
 
     def fill(folder: Path) -> None:
         if hasattr(model, "peft_config"):
+            # The folder may go anywhere, and the path of the base model on this machine should not go with it.
+            base = model.get_base_model()
+            base.name_or_path = base.config._name_or_path = name
             model.peft_config["default"].base_model_name_or_path = name
             model.save_pretrained(folder, save_embedding_layers=False)
         else:
             model.save_pretrained(folder)
             tokenizer: Any = trainer.processing_class
             tokenizer.save_pretrained(folder)
-        base = recipe.model.model_dump(exclude={"trust_remote_code"}) | {"name": name}
-        kept = {"model": base, "data": meta}
+        asked = recipe.model.model_dump(exclude={"trust_remote_code"})
+        kept = {"model": asked | {"name": name}, "data": meta}
         (folder / META_FILE).write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")
 
     write_folder(run.adapter if hasattr(model, "peft_config") else run.model, fill)

@@ -23,6 +23,8 @@ from lorma.training.recipe import Recipe, RecipeLoader, differences, parse_recip
 
 MARKER = "complete"
 KEPT_CHECKPOINTS = 2
+META_FILE = "lorma_task.json"
+"""Lies beside trained weights and says which model and which kind of data they belong to."""
 
 
 class RunDirectory:
