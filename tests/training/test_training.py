@@ -8,21 +8,18 @@ from safetensors.torch import load_file
 
 METHOD_NAMES = ["full", "lora", "lorma-plus", "lorma-plus-post", "lorma-permutation", "lorma-none"]
 
-PAIRS = [
-    ('"The plot, alas, is très dull"', "A fine film", "mixed"),
-    ("Great cast", '"Good, slow and bright"', "praise"),
-    ("Poor plot", "Very dull", "blame"),
-]
+PAIRS = """
+"The plot, alas, is très dull",A fine film,mixed
+Great cast,"Good, slow and bright",praise
+Poor plot,Very dull,blame
+"""
 
 
 @pytest.fixture
 def pairs_csv(tmp_path):
-    lines = ["first,second,verdict"]
-    for i in range(60):
-        first, second, verdict = PAIRS[i % 3]
-        lines.append(f"{first},{second},{verdict}" if i % 2 else f"{first},{second} {i},{verdict}".replace('" ', " "))
+    """Sixty rows as a spreadsheet writes them: a byte-order mark, quoted commas, an accent."""
     path = tmp_path / "pairs.csv"
-    path.write_text("\ufeff" + "\n".join(line for line in lines if line.count('"') % 2 == 0) + "\n", encoding="utf-8")
+    path.write_text("\ufefffirst,second,verdict" + 20 * PAIRS.rstrip("\n") + "\n", encoding="utf-8")
     return path
 
 
