@@ -215,7 +215,9 @@ def test_nothing_warns_in_an_ordinary_life(mlp, tmp_path):
         warnings.simplefilter("error")
         model = get_peft_model(copy.deepcopy(mlp), LormaConfig(target_modules=TARGETS))
         model.save_pretrained(tmp_path)
-        PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path).merge_and_unload()
+        merged = PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path).merge_and_unload()
+    x = torch.randn(3, 6)
+    assert torch.equal(merged(x), mlp(x))
 
 
 def test_peft_converts_an_adapter_to_lora(mlp):

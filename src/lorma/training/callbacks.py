@@ -23,7 +23,7 @@ class DivergedError(RuntimeError):
 class RunRecorder(TrainerCallback):
     """Writes ``metrics.jsonl`` as training goes and marks checkpoints that are whole.
 
-    Every line carries ``step`` and ``seconds`` (spent training so far, over all sessions of a resumed run).
+    Every line carries ``step`` and ``seconds`` (spent training so far, also before the run was resumed).
     """
 
     def __init__(self, run: RunDirectory) -> None:
