@@ -16,6 +16,11 @@ from lorma.training.rundir import RunDirectory
 NOT_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
+def evaluation_metrics(logs: dict[str, float] | None) -> dict[str, float]:
+    """The evaluation metrics among what the Trainer logs, with their ``eval_`` prefix, without its timings."""
+    return {key: value for key, value in (logs or {}).items() if key.startswith("eval_") and key not in NOT_METRICS}
+
+
 class DivergedError(RuntimeError):
     """The training loss is no longer a number."""
 
@@ -53,8 +58,7 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         # The Trainer keeps every line for its own state file; ours are on disk already.
         state.log_history.clear()
-        logs = logs or {}
-        metrics = {key: value for key, value in logs.items() if key.startswith("eval_") and key not in NOT_METRICS}
+        logs, metrics = logs or {}, evaluation_metrics(logs)
         if "loss" in logs:
             now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
             metrics |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
@@ -115,9 +119,7 @@ class ProgressBar(TrainerCallback):
         logs = logs or {}
         self.loss = logs.get("loss", self.loss)
         self.bar.update(self.task, completed=state.global_step, loss=self.loss)
-        shown = [
-            f"{key[5:]} {value:.4f}" for key, value in logs.items() if key[:5] == "eval_" and key not in NOT_METRICS
-        ]
+        shown = [f"{key.removeprefix('eval_')} {value:.4f}" for key, value in evaluation_metrics(logs).items()]
         if shown:
             self.console.print(f"  step {state.global_step}: evaluation {', '.join(shown)}")
         elif "loss" in logs and not self.console.is_terminal and state.global_step % max(1, state.max_steps // 10) == 0:

@@ -12,7 +12,7 @@ import torch
 
 from lorma.errors import InputError
 from lorma.tasks import CausalLM, Task, get_task
-from lorma.training.models import load_model, load_tokenizer
+from lorma.training.models import load_model, load_tokenizer, locate
 from lorma.training.recipe import ModelSpec
 from lorma.training.rundir import META_FILE, RunDirectory
 from lorma.tuners.adapter_file import WEIGHTS_NAME, adapter_shapes
@@ -145,8 +145,6 @@ def evaluate(run: RunDirectory, *, trust_remote_code: bool = False) -> dict[str,
 
 def usage_lines(run: RunDirectory) -> list[str]:
     """Three lines of Python that use the adapter of a finished run (two for a whole model)."""
-    from lorma.training.models import locate
-
     recipe = run.read_recipe()
     task = get_task(recipe.task)
     whole = run.model.is_dir()
