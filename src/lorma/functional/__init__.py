@@ -5,7 +5,15 @@ PEFT or files. Symbols: ``W0`` (d × k) is the frozen weight, ``A`` (r × n) and
 n = d on side ``pre`` and n = k on side ``post``, ``s`` the scaling and ``M = I(BA)`` (n × n) the multiplier.
 """
 
-from lorma.functional.algebra import compose, condition_number, invert, invert_plus, lora_form
+from lorma.functional.algebra import (
+    compose,
+    condition_number,
+    inverse_delta_weight,
+    invert,
+    invert_plus,
+    lora_form,
+    singular_range,
+)
 from lorma.functional.multiplier import (
     INFLATIONS,
     SIDES,
@@ -18,6 +26,7 @@ from lorma.functional.multiplier import (
     rotate_rows,
     update_matrix,
 )
+from lorma.functional.norms import multiplied_row_norms
 from lorma.functional.start import init_factors
 
 __all__ = [
@@ -30,11 +39,14 @@ __all__ = [
     "condition_number",
     "delta_weight",
     "init_factors",
+    "inverse_delta_weight",
     "invert",
     "invert_plus",
     "lora_form",
+    "multiplied_row_norms",
     "multiplier",
     "multiplier_update",
     "rotate_rows",
+    "singular_range",
     "update_matrix",
 ]

@@ -7,22 +7,24 @@ from torch import Tensor
 
 from lorma.functional.multiplier import (
     Inflation,
+    Scaling,
     Side,
     check_factors,
     check_fits,
     check_inflation,
     check_side,
+    delta_weight,
     multiplier,
     widen,
 )
 
 
-def _core(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def _core(A: Tensor, B: Tensor, scaling: Scaling) -> Tensor:
     """``I_r + s·AB`` (…, r, r): regular exactly when ``I + s·BA`` is."""
     return torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) + scaling * (A @ B)
 
 
-def condition_number(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
+def condition_number(A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation) -> Tensor:
     """2-norm condition number of the matrix that has to be solved to undo the multiplier; shape (…).
 
     For ``plus`` that is ``I_r + s·AB`` (r × r), for the others the n × n multiplier. Infinite when singular, which the
@@ -37,7 +39,7 @@ def condition_number(A: Tensor, B: Tensor, scaling: float, inflation: Inflation)
     return torch.linalg.cond(matrix)
 
 
-def invert_plus(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def invert_plus(A: Tensor, B: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     """Factors of the inverse: ``(I + s·BA)⁻¹ = I + s·B'A'`` with ``A' = −(I_r + s·AB)⁻¹A``, ``B' = B``.
 
     An r × r solve (the Woodbury identity); the inverse of a LoRMA₊ multiplier is again one, of the same rank and
@@ -52,7 +54,7 @@ def invert_plus(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     return -solved.to(A.dtype), B
 
 
-def invert(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
+def invert(A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation) -> Tensor:
     """The inverse of the multiplier in full, shape (…, n, n).
 
     ``plus`` goes through :func:`invert_plus`; ``permutation`` and ``none`` are an n × n inverse.
@@ -66,13 +68,58 @@ def invert(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor
     dtype, A, B = A.dtype, widen(A), widen(B)
     if inflation == "plus":
         return multiplier(*invert_plus(A, B, scaling), scaling, "plus").to(dtype)
-    if inflation == "none" and A.shape[-2] < n:
-        raise ValueError(f"inflation='none' with r = {A.shape[-2]} < n = {n} has no inverse: its rank is at most r")
+    _check_invertible(n, A, inflation)
     return torch.linalg.inv(multiplier(A, B, scaling, inflation)).to(dtype)
 
 
+def singular_range(A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation) -> tuple[Tensor, Tensor]:
+    """Largest and smallest singular value of the multiplier, exactly; shapes (…).
+
+    ``I + s·BA`` differs from the identity only in the span of B's columns and A's rows, so ``plus`` needs the singular
+    values of a 2r × 2r matrix; the others are an n × n decomposition. ``none`` with r < n is singular.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``inflation`` is unknown.
+    """
+    n = check_factors(A, B)
+    check_inflation(inflation)
+    A, B = widen(A), widen(B)
+    if inflation == "plus" and 2 * A.shape[-2] < n:
+        basis = torch.linalg.qr(torch.cat((B, A.mT), dim=-1)).Q
+        values = torch.linalg.svdvals(multiplier(A @ basis, basis.mT @ B, scaling, "plus"))
+        return values[..., 0].clamp_min(1), values[..., -1].clamp_max(1)
+    values = torch.linalg.svdvals(multiplier(A, B, scaling, inflation))
+    smallest = values[..., -1]
+    return values[..., 0], torch.zeros_like(smallest) if inflation == "none" and A.shape[-2] < n else smallest
+
+
+def inverse_delta_weight(
+    weight: Tensor, A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation, side: Side = "pre"
+) -> Tensor:
+    """What undoes a merge: ``I(BA)⁻¹·W − W`` (side ``pre``) or ``W·I(BA)⁻¹ − W`` (``post``), shape (…, d, k).
+
+    ``plus`` goes through :func:`invert_plus`, an r × r solve; ``permutation`` solves with the n × n multiplier.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``inflation`` is unknown, or if ``none`` has r < n (rank r: no inverse).
+        torch.linalg.LinAlgError: if the multiplier is singular.
+    """
+    n = check_factors(A, B)
+    check_inflation(inflation)
+    check_fits(weight, n, side)
+    _check_invertible(n, A, inflation)
+    if inflation == "plus":
+        return delta_weight(weight, *invert_plus(A, B, scaling), scaling, "plus", side)
+    return torch.linalg.solve(multiplier(A, B, scaling, inflation), weight, left=side == "pre") - weight
+
+
+def _check_invertible(n: int, A: Tensor, inflation: Inflation) -> None:
+    if inflation == "none" and A.shape[-2] < n:
+        raise ValueError(f"inflation='none' with r = {A.shape[-2]} < n = {n} has no inverse: its rank is at most r")
+
+
 def compose(
-    first: tuple[Tensor, Tensor, float], second: tuple[Tensor, Tensor, float], side: Side = "pre"
+    first: tuple[Tensor, Tensor, Scaling], second: tuple[Tensor, Tensor, Scaling], side: Side = "pre"
 ) -> tuple[Tensor, Tensor]:
     """One LoRMA₊ multiplier of rank r₁ + r₂ that equals ``first`` and then ``second`` on W0.
 
@@ -99,7 +146,7 @@ def compose(
     return A, B
 
 
-def lora_form(weight: Tensor, A: Tensor, B: Tensor, scaling: float, side: Side = "pre") -> tuple[Tensor, Tensor]:
+def lora_form(weight: Tensor, A: Tensor, B: Tensor, scaling: Scaling, side: Side = "pre") -> tuple[Tensor, Tensor]:
     """LoRMA₊ as a LoRA of the same rank, exactly: ``ΔW = B'A'``.
 
     pre: ``A' = A·W0``, ``B' = s·B``; post: ``A' = A``, ``B' = s·W0·B``.

@@ -15,13 +15,15 @@ of rank r + 1 and needs no n × n identity either.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 Inflation = Literal["plus", "permutation", "none"]
 Side = Literal["pre", "post"]
+Scaling: TypeAlias = float | Tensor
+"""The scalar s: a number, or a tensor without dimensions where a compiled model must not be tied to its value."""
 INFLATIONS: tuple[Inflation, ...] = get_args(Inflation)
 SIDES: tuple[Side, ...] = get_args(Side)
 
@@ -79,7 +81,7 @@ def _rotated_product(A: Tensor, B: Tensor) -> Tensor:
     return rotate_rows(B @ torch.cat((A, A), dim=-1))
 
 
-def multiplier(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
+def multiplier(A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation) -> Tensor:
     """The matrix W0 is multiplied by, formed in full.
 
     * ``plus`` (LoRMA paper, eq. 8): ``I + s·BA``
@@ -106,7 +108,7 @@ def multiplier(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Te
     return product + torch.eye(n, dtype=product.dtype, device=product.device) if inflation == "plus" else product
 
 
-def update_matrix(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
+def update_matrix(A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation) -> Tensor:
     """``I(BA) − I``, formed in full and always in the dtype of the factors, whatever autocast says.
 
     Args and errors as :func:`multiplier`. Returns shape (…, n, n).
@@ -124,12 +126,15 @@ def update_matrix(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) ->
         return product if inflation == "plus" else product - torch.eye(n, dtype=product.dtype, device=product.device)
 
 
-def multiplier_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
+def multiplier_update(
+    x: Tensor, A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation, *, transpose: bool = False
+) -> Tensor:
     """``(I(BA) − I)·x`` for every row x, without forming an n × n matrix where the product is low-rank.
 
     Args:
         x: shape (…, n); with batched factors, (…, b, n).
         A, B, scaling, inflation: as :func:`multiplier`.
+        transpose: ``(I(BA) − I)ᵀ·x`` instead: rows of an embedding W0·I(BA) are multiplied from the right.
 
     Returns:
         The shape of ``x``. Adding it to ``x`` gives ``I(BA)·x``.
@@ -137,18 +142,20 @@ def multiplier_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, inflation
     check_factors(A, B)
     check_inflation(inflation)
     if inflation == "permutation":
-        return x @ update_matrix(A, B, scaling, inflation).mT
-    low_rank = (scaling * (x @ A.mT)) @ B.mT
+        update = update_matrix(A, B, scaling, inflation)
+        return x @ (update if transpose else update.mT)
+    down, up = (B, A) if transpose else (A.mT, B.mT)
+    low_rank = (scaling * (x @ down)) @ up
     return low_rank if inflation == "plus" else low_rank - x
 
 
-def apply_multiplier(x: Tensor, A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> Tensor:
+def apply_multiplier(x: Tensor, A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation) -> Tensor:
     """``I(BA)·x`` for every row x of ``x`` (…, n). See :func:`multiplier_update`."""
     return x + multiplier_update(x, A, B, scaling, inflation)
 
 
 def delta_weight(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float, inflation: Inflation, side: Side = "pre"
+    weight: Tensor, A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation, side: Side = "pre"
 ) -> Tensor:
     """``ΔW = I(BA)·W0 − W0`` (side ``pre``) or ``W0·I(BA) − W0`` (side ``post``).
 

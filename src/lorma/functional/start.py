@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lorma.functional.multiplier import Inflation, check_factors, check_inflation, widen
+from lorma.functional.multiplier import Inflation, Scaling, check_factors, check_inflation, widen
 
 
 @torch.no_grad()
-def init_factors(A: Tensor, B: Tensor, scaling: float, inflation: Inflation) -> None:
+def init_factors(A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation) -> None:
     """Fill A (r × n) and B (n × r) in place with the start of training.
 
     * ``plus`` (paper §3.2.2): B = 0, A Kaiming-uniform(a = √5). The multiplier is exactly I.

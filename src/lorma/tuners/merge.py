@@ -1,90 +1,285 @@
 """Merging adapters into a base weight and taking them out again, once for all tuners and layer kinds.
 
-A merge leaves the original tensor alone: it is set aside whole and the base layer is given a new one, so unmerging
-puts back the very bits that were there, however often and in whatever precision. The cost is one more copy of each
-merged weight for as long as it is merged; ``merge_and_unload`` drops it layer by layer.
+How a merge is undone is chosen when merging (``undo``):
 
-Every merge starts again from the set-aside original, so adapters merged one by one give the same bits as the same
-adapters merged in one call.
+* ``"snapshot"`` sets the original parameter aside whole and gives the base layer a new one. Unmerging puts back the
+  very bits that were there, however often and in whatever precision, and costs one more copy of each merged weight.
+  Every further merge starts again from the original, so adapters merged one by one give the same bits as together.
+* ``"inverse"`` keeps nothing and multiplies by the inverse: exact but for rounding, with a bound on the error that is
+  reported. Past a condition number of ``CONDITION_LIMIT`` the merge is refused, because the bound would be useless.
+* ``"refuse"`` keeps nothing and cannot be undone: the cheapest for a model that is about to be saved.
+
+A merge always makes a new parameter. Weights shared between layers (tied embeddings) therefore come apart when one of
+them is merged, and are shared again after undoing a snapshot.
 """
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorma.functional.multiplier import widen
+from lorma.tuners.quantized import QuantizedOriginal, dequantized, write_quantized
+from lorma.tuners.validation import check_choice
+
+UNDO_CHOICES = ("snapshot", "inverse", "refuse")
+QUANTIZED_CHOICES = ("requantize", "dequantize")
+CONDITION_LIMIT = 1e4
+"""Condition number of a multiplier up to which ``undo="inverse"`` merges."""
 
 
-class SnapshotMerge(BaseTunerLayer):
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge or an unmerge did to one layer.
+
+    ``error_bound`` bounds the distance (Frobenius norm) between the weight after undoing and the one before the first
+    merge; it is 0 for snapshots and infinite where undoing is refused. ``condition`` is the largest condition number
+    of a merged multiplier (``inverse`` only). ``requantization_error`` is the relative error (Frobenius norm) that
+    rounding into a quantised base added to the exact merged weight.
+    """
+
+    layer: str
+    undo: str
+    error_bound: float
+    condition: float | None = None
+    requantization_error: float | None = None
+
+
+class Original:
+    """The parameter that a layer had before a merge."""
+
+    def __init__(self, layer: MergeableLayer) -> None:
+        self.parameter = layer._parameter()
+
+    def read(self, layer: MergeableLayer) -> Tensor:
+        """The original weight; ``layer`` is left as it is."""
+        return self.parameter.data
+
+    def restore(self, layer: MergeableLayer) -> None:
+        """Put the parameter back, to where and in the dtype in which the merged one is by now."""
+        now = layer._parameter()
+        self.parameter.data = self.parameter.data.to(device=now.device, dtype=now.dtype)
+        setattr(layer.get_base_layer(), layer.weight_name, self.parameter)
+
+
+class MergeableLayer(BaseTunerLayer):
     """Mixin of a tuner layer: ``merge``, ``unmerge`` and ``get_delta_weight`` from one formula for ΔW."""
 
+    base_layer: nn.Module
     layer_name: str
-    _snapshot: Tensor | None = None
+    weight_name = "weight"
+    undo: dict[str, str]
+    quantized_merge: str | None = None
+    """What ``merge`` does with a quantised base when the call does not say: refuse (None), or one of the choices."""
+    reports_to: list[MergeReport] | None = None
+    """A list that takes the reports of merges made by PEFT, which does not hand on what ``merge`` returns."""
+
+    _original: Original | QuantizedOriginal | None = None
+    _undo: str = "snapshot"
+    _condition: float = 1.0
+    _pending_error: float = 0.0
+    _drift: float = 0.0
 
     @abstractmethod
     def delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
         """ΔW of one adapter acting on ``weight``, both in the layout in which the base layer stores its weight."""
 
+    @abstractmethod
+    def inverse_delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """What to add to the merged ``weight`` to take one adapter out again.
+
+        Raises:
+            ValueError: if this adapter cannot be inverted.
+        """
+
+    @abstractmethod
+    def singular_range_of(self, adapter_name: str) -> tuple[float, float]:
+        """Largest and smallest singular value of what one adapter multiplies the weight by."""
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging ``adapter`` alone would add to the unmerged base weight, in at least float32."""
-        weight = self._snapshot if self._snapshot is not None else self._floating_weight()
-        return self.delta_weight_of(adapter, widen(weight))
+        return self.delta_weight_of(adapter, widen(self.original_weight()))
+
+    def original_weight(self) -> Tensor:
+        """The base weight without any merged adapter, dequantised if need be.
+
+        Raises:
+            ValueError: if adapters are merged and no copy was kept; if the storage format cannot be read.
+        """
+        if self._original is not None:
+            return self._original.read(self)
+        if self.merged:
+            raise ValueError(f"{self.layer_name} is merged with undo={self._undo!r}: its original weight is not kept")
+        return self._current_weight()
 
     @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(  # type: ignore[override]
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        undo: str | None = None,
+        quantized: str | None = None,
+    ) -> MergeReport | None:
         """Put adapters into the base weight, in the order given.
 
-        The sum is formed in at least float32 and rounded once to the weight's dtype.
+        The sum is formed in at least float32 (float64 for ``undo="inverse"``) and rounded once to the weight's dtype.
 
         Args:
             safe_merge: refuse, before anything is changed, if the result is not finite.
             adapter_names: which adapters; None takes the active ones in the order in which they act.
+            undo: how ``unmerge`` will take them out: ``"snapshot"``, ``"inverse"`` or ``"refuse"``; None takes what the
+                adapter's configuration says.
+            quantized: what to do with a quantised base: ``"requantize"`` rounds the result into the base's format,
+                ``"dequantize"`` replaces the base layer by one in full precision. There is no default.
 
         Raises:
-            ValueError: with ``safe_merge`` if the merged weight holds NaN or infinity; if the base weight is quantised.
+            ValueError: if the merged weight holds NaN or infinity (``safe_merge``); if the base is quantised and
+                ``quantized`` is not given, or its format cannot be merged into; if ``undo`` is not how this layer is
+                merged already; with ``undo="inverse"`` if a multiplier is singular or its condition number is too high.
         """
         known = self._get_available_adapters()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in known]
         if not names:
-            return
-        current = self._floating_weight()
-        original = current if self._snapshot is None else self._snapshot.to(current.device, current.dtype)
-        merged = widen(original)
-        for name in [*self.merged_adapters, *names]:
+            return None
+        mode = self._check_undo(undo, names)
+        how = self._check_quantized(quantized or self.quantized_merge)
+        current = self._current_weight()
+        if self.merged and mode == "snapshot":
+            start, sequence = self.original_weight().to(current.device), [*self.merged_adapters, *names]
+        else:
+            start, sequence = current, names
+        merged = start.double() if mode == "inverse" else widen(start)
+        for name in sequence:
             merged = merged + self.delta_weight_of(name, merged)
-        merged = merged.to(original.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
+        if safe_merge and not torch.isfinite(merged.to(current.dtype)).all():
             raise ValueError(
                 f"NaNs detected in the merged weights of {self.layer_name}. "
                 f"The adapter {','.join(names)} seems to be broken"
             )
-        self._snapshot = original
-        self.get_base_layer().weight.data = merged
+        if mode == "snapshot" and self._original is None:
+            self._original = Original(self) if how is None else QuantizedOriginal(self)
+        error = None
+        if how is None:
+            self._set_parameter(merged.to(current.dtype))
+        else:
+            error = write_quantized(self, merged, how)
+        if mode == "inverse":
+            for name in names:
+                self._pending_error *= self.singular_range_of(name)[0]
+            self._pending_error += rounding_error(self._parameter())
+        self._undo = mode
         self.merged_adapters.extend(names)
+        report = self._report(error)
+        if self.reports_to is not None:
+            self.reports_to.append(report)
+        return report
 
     @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
+    def unmerge(self) -> MergeReport | None:  # type: ignore[override]
+        """Take every merged adapter out again, in the way chosen when they were merged.
+
+        Raises:
+            ValueError: if they were merged with ``undo="refuse"``.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        weight = cast(Tensor, self.get_base_layer().weight)
-        if self._snapshot is not None:
-            weight.data = self._snapshot.to(device=weight.device, dtype=weight.dtype)
-        self._snapshot = None
+            return None
+        if self._undo == "refuse":
+            raise ValueError(f"{self.layer_name} was merged with undo='refuse'; it cannot be unmerged")
+        if self._undo == "inverse":
+            self._invert()
+        elif self._original is not None:
+            self._original.restore(self)
+        report = self._report()
+        self._original, self._condition, self._pending_error = None, 1.0, 0.0
         self.merged_adapters.clear()
+        return report
+
+    def _check_undo(self, undo: str | None, names: list[str]) -> str:
+        if undo is None:
+            undo = self._undo if self.merged else self.undo[names[0]]
+        check_choice("undo", undo, UNDO_CHOICES)
+        if self.merged and undo != self._undo:
+            raise ValueError(
+                f"undo={undo!r}: {self.layer_name} is already merged with undo={self._undo!r}; unmerge it first"
+            )
+        if undo == "inverse":
+            if self.quantization_backend is not None:
+                raise ValueError(
+                    f"undo='inverse' is not allowed for {self.layer_name}: its base is quantised, and rounding into "
+                    "that format cannot be inverted; choose 'snapshot' or 'refuse'"
+                )
+            for name in names:
+                self._condition = max(self._condition, self._check_condition(name))
+        return undo
+
+    def _check_condition(self, name: str) -> float:
+        largest, smallest = self.singular_range_of(name)
+        condition = largest / smallest if smallest > 0 else float("inf")
+        if not condition <= CONDITION_LIMIT:
+            raise ValueError(
+                f"undo='inverse' is refused for adapter {name!r} of {self.layer_name}: the condition number of its "
+                f"multiplier is {condition:.3g}, the limit {CONDITION_LIMIT:.3g}; choose 'snapshot'"
+            )
+        return condition
+
+    def _check_quantized(self, how: str | None) -> str | None:
+        if self.quantization_backend is None:
+            return None
+        if how is None:
+            raise ValueError(
+                f"the base weight of {self.layer_name} is quantised; say what merging shall do: quantized='requantize' "
+                "rounds the merged weight into the same format and reports the error, quantized='dequantize' replaces "
+                "the layer by one in full precision"
+            )
+        check_choice("quantized", how, QUANTIZED_CHOICES)
+        return how
+
+    def _report(self, requantization_error: float | None = None) -> MergeReport:
+        bound = {"snapshot": 0.0, "inverse": self._drift + self._pending_error, "refuse": float("inf")}[self._undo]
+        condition = self._condition if self._undo == "inverse" else None
+        return MergeReport(self.layer_name, self._undo, bound, condition, requantization_error)
+
+    def _invert(self) -> None:
+        merged = self._floating_weight()
+        weight = merged.double()
+        for name in reversed(self.merged_adapters):
+            weight = weight + self.inverse_delta_weight_of(name, weight)
+            self._pending_error /= self.singular_range_of(name)[1]
+        restored = weight.to(merged.dtype)
+        self._drift += self._pending_error + rounding_error(restored)
+        self._pending_error = 0.0
+        self._set_parameter(restored)
+
+    def _current_weight(self) -> Tensor:
+        return dequantized(self) if self.quantization_backend is not None else self._floating_weight()
+
+    def _parameter(self) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(self.get_base_layer(), self.weight_name))
+
+    def _set_parameter(self, weight: Tensor) -> None:
+        trainable = self._parameter().requires_grad
+        setattr(self.get_base_layer(), self.weight_name, nn.Parameter(weight, requires_grad=trainable))
 
     def _floating_weight(self) -> Tensor:
-        weight = cast(Tensor, self.get_base_layer().weight).data
-        if not weight.is_floating_point():
+        weight = self._parameter().data
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(
                 f"the weight of {self.layer_name} is stored as {weight.dtype}; merging needs a floating-point weight "
                 "(float16, bfloat16, float32 or float64)"
             )
         return weight
+
+
+def rounding_error(rounded: Tensor) -> float:
+    """Bound (Frobenius norm) on what rounding to the dtype of ``rounded`` changed, its arithmetic done in float64."""
+    info = torch.finfo(rounded.dtype)
+    unit = info.eps / 2 + 64 * torch.finfo(torch.float64).eps
+    return unit * (rounded.double().norm().item() + info.tiny * rounded.numel() ** 0.5)

@@ -1,10 +1,12 @@
 """LoRMA as a PEFT method."""
 
+from lorma.tuners.lorma.channels import ConvNd, Embedding, Linear
 from lorma.tuners.lorma.config import LormaConfig
-from lorma.tuners.lorma.layer import Linear, LormaLayer
+from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.model import LormaModel
+from lorma.tuners.lorma.parameter import ParamWrapper
 from lorma.tuners.registration import register
 
 register("lorma", LormaConfig, LormaModel)
 
-__all__ = ["Linear", "LormaConfig", "LormaLayer", "LormaModel"]
+__all__ = ["ConvNd", "Embedding", "Linear", "LormaConfig", "LormaLayer", "LormaModel", "ParamWrapper"]

@@ -1,11 +1,9 @@
-"""LoRMA layers: a frozen base layer taken as a black box, and the multiplier on one side of it.
+"""What every LoRMA layer has, whatever it wraps: factors, scalings, the formula for ΔW.
 
-pre: ``out = I(BA)·(base(x) − bias) + bias``; post: ``out = base(I(BA)·x)``. Neither reads the base weight, so any
-layer that computes a linear map will do. Only the update is added, ``out = base(x) + (I(BA) − I)·dropout(y)``: at the
-start of training plus adds exact zeros, and in low precision a small update is not rounded into a large weight.
-
-Several active adapters act in the order in which they were activated, the first on W0 first. For post that means the
-*last* one meets the input first: W0·M₁·M₂·x.
+The multiplied side of a weight has N numbers in all, and A (r × N) and B (N × r) are stored whole. Mostly that is one
+multiplier with n = N. Where a layer holds several matrices, each has its own multiplier, and A and B are cut along N:
+groups of a convolution and experts into equal parts (one batched operation), slices of a fused projection into parts
+of their own widths.
 
 A and B are kept in at least float32 until PEFT is told otherwise (``autocast_adapter_dtype=False``); the update is
 computed in their dtype and the sum returned in the base layer's output dtype.
@@ -17,70 +15,121 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorma import functional
-from lorma.functional.multiplier import Inflation, Side
+from lorma.functional.multiplier import Inflation, Scaling, Side, widen
 from lorma.tuners.lorma.config import LormaConfig
-from lorma.tuners.merge import SnapshotMerge
+from lorma.tuners.lorma.fused import FusedProjection
+from lorma.tuners.merge import MergeableLayer
+from lorma.tuners.quantized import quantization_backend
 
 
-class LormaLayer(SnapshotMerge):
-    """What every LoRMA layer has, whatever kind of base layer it wraps: factors, scalings, merging.
+class LormaLayer(MergeableLayer):
+    """Base of all LoRMA layers.
 
-    Attributes, each keyed by adapter name: ``lorma_A`` (r × n), ``lorma_B`` (n × r), ``r``, ``lorma_alpha``,
-    ``scaling``, ``lorma_dropout``, ``inflation``, ``side`` (``"pre"`` or ``"post"``; ``"auto"`` is resolved here).
+    Attributes, each keyed by adapter name: ``lorma_A`` (r × N), ``lorma_B`` (N × r), ``r``, ``lorma_alpha``,
+    ``scaling``, ``lorma_dropout``, ``inflation``, ``side`` (``"pre"`` or ``"post"``; ``"auto"`` is resolved here),
+    ``undo``, ``fused`` (only for fused projections) and ``lorma_magnitude_vector`` (only with DoRA).
     """
 
-    adapter_layer_names = ("lorma_A", "lorma_B")
-    other_param_names = ("r", "lorma_alpha", "scaling", "lorma_dropout", "inflation", "side")
+    adapter_layer_names = ("lorma_A", "lorma_B", "lorma_magnitude_vector")
+    other_param_names = ("r", "lorma_alpha", "scaling", "lorma_dropout", "inflation", "side", "undo", "fused")
+    kind = "layer"
+    sides: tuple[Side, ...] = ("pre", "post")
+    """Sides that can be multiplied, the one taken for ``"pre"`` where there is no choice first."""
+    blocks = 1
+    """How many matrices of one shape the weight holds: groups of a convolution, experts."""
 
-    def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, layer_name: str, **quantization_kwargs: Any) -> None:
         self.base_layer = base_layer
         self.layer_name = layer_name
         self.r: dict[str, int] = {}
         self.lorma_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, Scaling] = {}
         self.inflation: dict[str, Inflation] = {}
         self.side: dict[str, Side] = {}
+        self.undo: dict[str, str] = {}
+        self.fused: dict[str, FusedProjection] = {}
         self.lorma_dropout = nn.ModuleDict({})
         self.lorma_A = nn.ParameterDict({})
         self.lorma_B = nn.ParameterDict({})
+        self.lorma_magnitude_vector = nn.ParameterDict({})
+        self._norms: dict[str, Tensor] = {}
+        self._norms_key: dict[str, Any] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
+        self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        self.in_features, self.out_features = self._features()
 
-    def update_layer(self, adapter_name: str, r: int, lorma_alpha: float, config: LormaConfig) -> None:
+    def _features(self) -> tuple[int, int]:
+        return cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
+
+    def _width(self, side: Side, fused: FusedProjection | None) -> int:
+        """N, the numbers on the multiplied side taken together."""
+        if fused is not None:
+            return fused.width(side, self.in_features)
+        return self.out_features if side == "pre" else self.in_features
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        lorma_alpha: float,
+        config: LormaConfig,
+        fused: FusedProjection | None = None,
+    ) -> None:
         """Add an adapter, or replace the one of this name."""
-        side = config.side
-        if side == "auto":
-            side = "pre" if self.out_features <= self.in_features else "post"
-        n = self.out_features if side == "pre" else self.in_features
+        if len(self.sides) == 1:
+            side = self.sides[0]
+        elif config.side == "auto":
+            side = "pre" if self._width("pre", fused) <= self._width("post", fused) else "post"
+        else:
+            side = cast(Side, config.side)
+        N = self._width(side, fused)
         self.r[adapter_name] = r
         self.lorma_alpha[adapter_name] = lorma_alpha
         self.scaling[adapter_name] = config.scaling(r, lorma_alpha)
         self.inflation[adapter_name] = cast(Inflation, config.inflation)
-        self.side[adapter_name] = cast(Side, side)
+        self.side[adapter_name] = side
+        self.undo[adapter_name] = config.undo
+        self._set_fused(adapter_name, fused)
         dropout = nn.Dropout(config.lorma_dropout) if config.lorma_dropout > 0 else nn.Identity()
         self.lorma_dropout[adapter_name] = dropout
         dtype = self._start_dtype()
-        self.lorma_A[adapter_name] = nn.Parameter(torch.empty(r, n, dtype=dtype))
-        self.lorma_B[adapter_name] = nn.Parameter(torch.empty(n, r, dtype=dtype))
+        self.lorma_A[adapter_name] = nn.Parameter(torch.empty(r, N, dtype=dtype))
+        self.lorma_B[adapter_name] = nn.Parameter(torch.empty(N, r, dtype=dtype))
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora:
+            self._start_magnitude(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _set_fused(self, adapter_name: str, fused: FusedProjection | None) -> None:
+        self.fused.pop(adapter_name, None)
+        if fused is None:
+            return
+        for other, known in self.fused.items():
+            if known.splits != fused.splits:
+                raise ValueError(
+                    f"fused_projections: adapter {adapter_name!r} cuts {self.layer_name} into {list(fused.splits)}, "
+                    f"but adapter {other!r} cuts it into {list(known.splits)}; all adapters must cut it alike"
+                )
+        self.fused[adapter_name] = fused
 
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """Fill A and B with the start of training, or with noise if ``init_weights`` is False."""
-        A, B = self.lorma_A[adapter_name], self.lorma_B[adapter_name]
-        if A.is_meta:
+        if self.lorma_A[adapter_name].is_meta:
             return
-        if init_weights:
-            functional.init_factors(A, B, self.scaling[adapter_name], self.inflation[adapter_name])
-        else:
-            for factor in (A, B):
-                nn.init.kaiming_uniform_(factor, a=5**0.5)
+        with torch.no_grad():
+            for _, A, B in self._parts(adapter_name):
+                for a, b in zip(A, B, strict=True) if A.ndim == 3 else [(A, B)]:
+                    if init_weights:
+                        functional.init_factors(a, b, self.scaling[adapter_name], self.inflation[adapter_name])
+                    else:
+                        for factor in (a, b):
+                            nn.init.kaiming_uniform_(factor, a=5**0.5)
 
     def _start_dtype(self) -> torch.dtype:
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -90,81 +139,133 @@ class LormaLayer(SnapshotMerge):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter to the base layer's device. Its dtype stays: rounding is not a matter of place."""
         target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        for factors in (self.lorma_A, self.lorma_B):
-            if target is not None and adapter_name in factors and not factors[adapter_name].is_meta:
-                factor = factors[adapter_name]
-                factors[adapter_name] = nn.Parameter(factor.data.to(target), factor.requires_grad)
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if target is not None and adapter_name in held and not held[adapter_name].is_meta:
+                held[adapter_name] = nn.Parameter(held[adapter_name].data.to(target), held[adapter_name].requires_grad)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Cast A and B of one adapter to ``dtype``."""
-        for factors in (self.lorma_A, self.lorma_B):
-            if adapter_name in factors:
-                factors[adapter_name].data = factors[adapter_name].data.to(dtype)
+        """Cast the factors (and DoRA's magnitude) of one adapter to ``dtype``."""
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if adapter_name in held:
+                held[adapter_name].data = held[adapter_name].data.to(dtype)
+        self._norms.clear()
 
-    def multiplier_update(self, x: Tensor, adapter_name: str) -> Tensor:
-        """``(I(BA) − I)·dropout(x)`` in the dtype of the adapter; ``x`` is (…, n)."""
+    # The weight as matrices, and what an adapter does to them
+
+    def _matrices(self, weight: Tensor, side: Side) -> Tensor:
+        """``weight`` as a view of shape (…, d, k) whose multiplied side is ``side``."""
+        return weight
+
+    def _batched(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B as (blocks, r, n) and (blocks, n, r), or as they are if there is one block."""
+        if self.blocks == 1:
+            return A, B
+        return A.unflatten(1, (self.blocks, -1)).movedim(1, 0), B.unflatten(0, (self.blocks, -1))
+
+    def _parts(self, adapter_name: str, dtype: torch.dtype | None = None) -> list[tuple[slice, Tensor, Tensor]]:
+        """The multipliers of an adapter: which rows of the weight each acts on, its A and its B."""
         A, B = self.lorma_A[adapter_name], self.lorma_B[adapter_name]
-        x = self.lorma_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        return functional.multiplier_update(x, A, B, self.scaling[adapter_name], self.inflation[adapter_name])
+        if dtype is not None:
+            A, B = A.to(dtype), B.to(dtype)
+        if adapter_name in self.fused:
+            cuts = self.fused[adapter_name].cuts(self.side[adapter_name], self.in_features)
+            return [(rows, A[:, columns], B[columns]) for rows, columns in cuts]
+        return [(slice(None), *self._batched(A, B))]
+
+    def delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """ΔW of one adapter acting on ``weight``, both in the layout in which the base layer stores its weight."""
+        delta = self._delta(adapter_name, weight, functional.delta_weight)
+        if adapter_name in self.lorma_magnitude_vector:
+            factor = self._along_rows(self.magnitude_factor(adapter_name).to(weight.dtype), weight)
+            delta = (factor - 1) * weight + factor * delta
+        return delta
+
+    def inverse_delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """What to add to the merged ``weight`` to take one adapter out again."""
+        return self._delta(adapter_name, weight, functional.inverse_delta_weight)
+
+    def _delta(self, adapter_name: str, weight: Tensor, formula: Any) -> Tensor:
+        side = self.side[adapter_name]
+        s, inflation = self.scaling[adapter_name], self.inflation[adapter_name]
+        weight = weight.contiguous()
+        delta = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        source, target = self._matrices(weight, side), self._matrices(delta, side)
+        for rows, A, B in self._parts(adapter_name, weight.dtype):
+            A, B = (
+                t.to(weight.device).reshape(t.shape[:-2] + (1,) * (source.ndim - t.ndim) + t.shape[-2:]) for t in (A, B)
+            )
+            target[..., rows, :] = formula(source[..., rows, :], A, B, s, inflation, side)
+        return delta
+
+    def singular_range_of(self, adapter_name: str) -> tuple[float, float]:
+        """Largest and smallest singular value of an adapter's multipliers.
+
+        Raises:
+            ValueError: for DoRA, whose row scaling needs the norms of the very weight that a merge overwrites.
+        """
+        if adapter_name in self.lorma_magnitude_vector:
+            raise ValueError(
+                f"undo='inverse' is not allowed for adapter {adapter_name!r} of {self.layer_name}: with use_dora the "
+                "norms of the unmerged weight would be needed; choose 'snapshot' or 'refuse'"
+            )
+        s, inflation = self.scaling[adapter_name], self.inflation[adapter_name]
+        ranges = [functional.singular_range(A, B, s, inflation) for _, A, B in self._parts(adapter_name, torch.float64)]
+        return max(high.max().item() for high, _ in ranges), min(low.min().item() for _, low in ranges)
+
+    # DoRA: rows of the multiplied weight are rescaled to a trained magnitude
+
+    def _start_magnitude(self, adapter_name: str) -> None:
+        A = self.lorma_A[adapter_name]
+        if A.is_meta:
+            start = torch.empty(self._magnitude_size(), dtype=A.dtype, device=A.device)
+        else:
+            start = self._multiplied_norms(adapter_name).to(A.dtype)
+        self.lorma_magnitude_vector[adapter_name] = nn.Parameter(start)
+        self._norms.pop(adapter_name, None)
+
+    def _magnitude_size(self) -> int:
+        return self.out_features
+
+    def _along_rows(self, vector: Tensor, weight: Tensor) -> Tensor:
+        """``vector`` (one number a row of the matrix) shaped to multiply the stored ``weight``."""
+        return vector.reshape(-1, *(1,) * (weight.ndim - 1))
+
+    @torch.no_grad()
+    def _multiplied_norms(self, adapter_name: str) -> Tensor:
+        """Norms of the rows of W0 multiplied by this adapter alone; see :func:`functional.multiplied_row_norms`."""
+        base: Any = self.get_base_layer()
+        side = self.side[adapter_name]
+        with gather_params_ctx(base.parameters()):
+            matrices = self._matrices(self.original_weight(), side)
+            ((_, A, B),) = self._parts(adapter_name)
+            A, B = (widen(t).to(matrices.device) for t in (A, B))
+            A, B = (t.reshape(t.shape[:-2] + (1,) * (matrices.ndim - t.ndim) + t.shape[-2:]) for t in (A, B))
+            norms = functional.multiplied_row_norms(matrices, A, B, self.scaling[adapter_name], side)
+        return self._join_norms(norms).to(self.lorma_A[adapter_name].device)
+
+    def _join_norms(self, norms: Tensor) -> Tensor:
+        return norms
+
+    def magnitude_factor(self, adapter_name: str) -> Tensor:
+        """DoRA's factor of every output: magnitude / ‖row of the multiplied weight‖, the norm not differentiated.
+
+        The norms are kept between forward passes in evaluation mode without gradients.
+        """
+        magnitude = self.lorma_magnitude_vector[adapter_name]
+        keep = not (torch.is_grad_enabled() or cast(Any, self).training or torch.compiler.is_compiling())
+        key = (self.lorma_A[adapter_name]._version, self.lorma_B[adapter_name]._version) if keep else None
+        if keep and adapter_name in self._norms and self._norms_key.get(adapter_name) == key:
+            norms = self._norms[adapter_name]
+        else:
+            norms = self._multiplied_norms(adapter_name)
+            if keep:
+                self._norms[adapter_name], self._norms_key[adapter_name] = norms, key
+            else:
+                self._norms.pop(adapter_name, None)
+        return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny).to(magnitude.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """``get_delta_weight`` is the additive residual ``I(BA)·W0 − W0``, which PEFT's converter factorises."""
         return True
-
-
-class Linear(nn.Module, LormaLayer):
-    """LoRMA on ``nn.Linear`` and on transformers' ``Conv1D``."""
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        *,
-        layer_name: str,
-        r: int,
-        lorma_alpha: float,
-        config: LormaConfig,
-    ) -> None:
-        super().__init__()
-        LormaLayer.__init__(self, base_layer, layer_name)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lorma_alpha, config)
-
-    def delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
-        A, B = (t[adapter_name].to(weight.device, weight.dtype) for t in (self.lorma_A, self.lorma_B))
-        W = weight.T if self.fan_in_fan_out else weight
-        delta = functional.delta_weight(
-            W, A, B, self.scaling[adapter_name], self.inflation[adapter_name], self.side[adapter_name]
-        )
-        return delta.T if self.fan_in_fan_out else delta
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-
-        active = [name for name in self.active_adapters if name in self.lorma_A]
-        for name in reversed(active):
-            if self.side[name] == "post":
-                x = (x + self.multiplier_update(x, name)).to(x.dtype)
-        result = self.base_layer(x, *args, **kwargs)
-        pre = [name for name in active if self.side[name] == "pre"]
-        if not pre:
-            return result
-
-        bias = self.get_base_layer().bias
-        y = result if bias is None else result - bias
-        out = result
-        for position, name in enumerate(pre):
-            update = self.multiplier_update(y, name)
-            out = out + update
-            if position + 1 < len(pre):
-                y = y + update
-        return out.to(result.dtype)
-
-    def __repr__(self) -> str:
-        return "lorma." + super().__repr__()

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
-from lorma.tuners.lorma.layer import Linear, LormaLayer
+from lorma.tuners.lorma import weighted
+from lorma.tuners.lorma.batches import mixed_batch
+from lorma.tuners.lorma.dispatch import check_fan_in_fan_out, fused_projection, layer_class, rank_and_alpha
+from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.lorma.parameter import ParamWrapper
+from lorma.tuners.merge import MergeReport
 from lorma.tuners.targets import closest_modules
 
+logger = logging.getLogger(__name__)
 MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_FUSED_MODULES = ("out_proj", "conv1d")
 
 
 class LormaModel(BaseTuner):
-    """A model whose linear layers are multiplied by LoRMA adapters; built by ``peft.get_peft_model``."""
+    """A model whose layers are multiplied by LoRMA adapters; built by ``peft.get_peft_model``."""
 
     prefix = "lorma_"
     tuner_layer_cls = LormaLayer
@@ -40,6 +44,33 @@ class LormaModel(BaseTuner):
             near = closest_modules(model, [targets] if isinstance(targets, str) else sorted(targets))
             raise NoMatchingPeftModuleError(f"{error} Closest names in this model: {near}.") from None
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Check what can be checked before the first layer is replaced."""
+        for key in peft_config.fused_projections or {}:
+            matching = [name for name, _ in model.named_modules() if re.match(rf"(.*\.)?({key})$", name)]
+            if not matching:
+                raise ValueError(
+                    f"fused_projections names {key!r}, which this model does not have. Closest names in this model: "
+                    f"{closest_modules(model, [key])}."
+                )
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        if not config.target_parameters:
+            return
+        for name, other in self.peft_config.items():
+            theirs = set(getattr(other, "target_parameters", None) or ())
+            if other is not config and theirs and theirs != set(config.target_parameters):
+                raise ValueError(
+                    "all adapters with target_parameters must name the same ones, but the new adapter has "
+                    f"{sorted(config.target_parameters)} and adapter {name!r} {sorted(theirs)}"
+                )
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -50,21 +81,22 @@ class LormaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
-        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
-        r = peft_config.rank_pattern.get(r_key, peft_config.r)
-        lorma_alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lorma_alpha)
-        if isinstance(target, LormaLayer):
-            target.update_layer(adapter_name, r, lorma_alpha, peft_config)
+        r, lorma_alpha = rank_and_alpha(peft_config, current_key)
+        nested = isinstance(target, ParamWrapper) and adapter_name in target.lorma_A
+        if isinstance(target, LormaLayer) and not nested:
+            fused = fused_projection(peft_config, target, current_key) if parameter_name is None else None
+            target.update_layer(adapter_name, r, lorma_alpha, peft_config, fused)
             return
-        _check_supported(target, current_key)
-        if peft_config.fan_in_fan_out and not isinstance(target, Conv1D):
-            warnings.warn(
-                f"fan_in_fan_out is set to True but {current_key} is a {type(target).__name__}, which stores its "
-                "weight as out x in; it is ignored there.",
-                stacklevel=2,
-            )
-        layer = Linear(target, adapter_name, layer_name=current_key, r=r, lorma_alpha=lorma_alpha, config=peft_config)
+        common: Any = {"layer_name": current_key, "r": r, "lorma_alpha": lorma_alpha, "config": peft_config}
+        if parameter_name is not None:
+            if isinstance(target, nn.MultiheadAttention):
+                layer_class(target, current_key)
+            layer: Any = ParamWrapper(target, adapter_name, parameter_name=parameter_name, **common)
+        else:
+            cls = layer_class(target, current_key)
+            check_fan_in_fan_out(peft_config, target, current_key)
+            fused = fused_projection(peft_config, target, current_key)
+            layer = cls(target, adapter_name, fused=fused, **common, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -79,25 +111,73 @@ class LormaModel(BaseTuner):
             if dtype is not None and dtype.is_floating_point:
                 layer.cast_adapter(adapter_name, dtype)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters in place. If one layer refuses, the layers before it are put back as they were."""
+    def merge_adapter(  # type: ignore[override]
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        undo: str | None = None,
+        quantized: str | None = None,
+    ) -> list[MergeReport]:
+        """Merge adapters in place; if one layer refuses, the layers before it are put back as they were.
+
+        Args:
+            adapter_names: which adapters, in their order; None takes the active ones.
+            safe_merge: refuse, before anything is changed, if a factor or a merged weight is not finite.
+            undo, quantized: see :meth:`lorma.tuners.merge.MergeableLayer.merge`.
+
+        Returns:
+            One report for each layer that was merged.
+        """
+        self._check_merge_allowed()
         if safe_merge:
             self._check_finite(adapter_names)
-        before = [(layer, list(layer.merged_adapters)) for layer in self._layers()]
+        reports: list[MergeReport] = []
+        done: list[tuple[LormaLayer, list[str]]] = []
         try:
-            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+            for layer in self._layers():
+                before = list(layer.merged_adapters)
+                with onload_layer(layer):
+                    report = layer.merge(safe_merge, adapter_names, undo=undo, quantized=quantized)
+                if report is not None:
+                    done.append((layer, before))
+                    reports.append(report)
         except Exception:
-            for layer, names in reversed(before):
-                if layer.merged_adapters != names:
+            for layer, before in reversed(done):
+                if layer._undo != "refuse":
                     layer.unmerge()
-                    layer.merge(adapter_names=names)
+                    if before:
+                        layer.merge(adapter_names=before, quantized=quantized)
             raise
+        self._tell_requantization(reports)
+        return reports
 
-    def unmerge_adapter(self) -> None:
-        """Unmerge every layer, the last one first: layers may share one weight, and then the order matters."""
+    def unmerge_adapter(self) -> list[MergeReport]:
+        """Unmerge every layer, in the way chosen when merging. Returns one report for each layer that was merged."""
+        reports = []
         for layer in reversed(self._layers()):
             with onload_layer(layer):
-                layer.unmerge()
+                reports.append(layer.unmerge())
+        return [report for report in reports if report is not None]
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        quantized: str | None = None,
+    ) -> nn.Module:
+        """The base model with adapters merged and all wrappers taken off.
+
+        Args:
+            progressbar, safe_merge, adapter_names: as in PEFT.
+            quantized: what to do with quantised base layers, ``"requantize"`` or ``"dequantize"``; see
+                :meth:`lorma.tuners.merge.MergeableLayer.merge`.
+        """
+        for layer in self._layers():
+            layer.quantized_merge = quantized
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
 
     def _unload_and_optionally_merge(
         self,
@@ -106,16 +186,62 @@ class LormaModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
+        reports: list[MergeReport] = []
+        if merge:
+            for layer in self._layers():
+                layer._check_quantized(layer.quantized_merge)
+                layer.reports_to = reports
+            if safe_merge:
+                self._check_finite(adapter_names)
         unload: Any = super()._unload_and_optionally_merge
-        return unload(merge, progressbar, safe_merge, adapter_names)
+        model = unload(merge, progressbar, safe_merge, adapter_names)
+        self._tell_requantization(reports)
+        return model
+
+    def _tell_requantization(self, reports: list[MergeReport]) -> None:
+        errors = {r.layer: r.requantization_error for r in reports if r.requantization_error}
+        if errors:
+            worst = max(errors, key=lambda name: errors[name] or 0.0)
+            logger.warning(
+                "rounding merged weights into the quantised base changed them by up to %.3g (relative, %s)",
+                errors[worst],
+                worst,
+            )
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "compose",
+    ) -> None:
+        """Make one LoRMA₊ adapter out of several.
+
+        Args:
+            adapters: their names; the first acts on W0 first.
+            weights: a factor wᵢ for each adapter's update.
+            adapter_name: name of the new adapter; nothing is done if it exists.
+            combination_type: ``"compose"``, the exact product ``∏(I + wᵢsᵢ·BᵢAᵢ)`` of rank Σrᵢ, or ``"linear"``, a
+                combination of the factors in the same rank, which only approximates it.
+
+        Raises:
+            ValueError: for unknown adapters, other inflations than plus, DoRA, or adapters on different sides.
+        """
+        if adapter_name in self.peft_config:
+            return
+        weighted.check_combination(self.peft_config, adapters, weights, combination_type)
+        layers = [layer for layer in self._layers() if any(name in layer.r for name in adapters)]
+        ranks = {layer.layer_name: weighted.combined_rank(layer, adapters, combination_type) for layer in layers}
+        self.peft_config[adapter_name] = weighted.combined_config(self.peft_config, adapters, ranks)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers:
+            weighted.fill(layer, adapter_name, adapters, weights, combination_type)
+            layer.set_requires_grad(adapter_name, False)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names: a batch of several adapters is not supported yet")
-        yield
+        with mixed_batch(self.model, kwargs.get("adapter_names"), kwargs.get("num_beams")):
+            yield
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """Refuse what Mamba's fused kernels read without calling; PEFT's own check knows LoRA by name only."""
@@ -172,16 +298,3 @@ class LormaModel(BaseTuner):
                     f"found {tuple(tensor.shape)}"
                 )
         return remapped
-
-
-def _check_supported(target: nn.Module, name: str) -> None:
-    if isinstance(target, NonDynamicallyQuantizableLinear):
-        raise ValueError(
-            f"Target module {name} belongs to nn.MultiheadAttention, which reads its weight without calling it; "
-            "LoRMA on nn.MultiheadAttention is not supported."
-        )
-    if not isinstance(target, (nn.Linear, Conv1D)):
-        raise ValueError(
-            f"Target module {name} ({type(target).__name__}) is not supported. Currently, only the following modules "
-            "are supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
-        )

@@ -1,0 +1,92 @@
+"""Which LoRMA layer wraps which kind of module, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from lorma.tuners.lorma.channels import ChannelLayer, ConvNd, Embedding, Linear
+from lorma.tuners.lorma.config import LormaConfig
+from lorma.tuners.lorma.fused import FusedProjection
+from lorma.tuners.quantized import quantization_backend
+
+KINDS = {
+    nn.Linear: Linear,
+    Conv1D: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv1d: ConvNd,
+    nn.Conv2d: ConvNd,
+    nn.Conv3d: ConvNd,
+}
+MHA = (
+    "nn.MultiheadAttention hands its weights to a fused kernel without a call, and nn.TransformerEncoderLayer "
+    "reads them past it, so an adapter there would be ignored without a word"
+)
+
+
+def layer_class(target: nn.Module, name: str) -> type[ChannelLayer]:
+    """The LoRMA layer for a module.
+
+    Raises:
+        ValueError: if there is none, with the reason.
+    """
+    if isinstance(target, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)):
+        raise ValueError(f"Target module {name} ({type(target).__name__}) is not supported: {MHA}.")
+    for kind, cls in KINDS.items():
+        if isinstance(target, kind):
+            if isinstance(target, nn.Embedding) and target.max_norm is not None:
+                raise ValueError(
+                    f"Target module {name} is not supported: an nn.Embedding with max_norm changes its weight when read"
+                )
+            return cls
+    backend = quantization_backend(target)
+    if backend is not None and backend.layer_type == "linear":
+        return Linear
+    raise ValueError(
+        f"Target module {name} ({type(target).__name__}) is not supported. Currently, only the following modules are "
+        f"supported: {', '.join(f'`{kind.__module__}.{kind.__name__}`' for kind in KINDS)} and quantised linear layers."
+    )
+
+
+def fused_projection(config: LormaConfig, target: nn.Module, name: str) -> FusedProjection | None:
+    """How ``config`` says that this module is fused, if it does.
+
+    Raises:
+        ValueError: if the module cannot be cut, or the slices do not add up to its outputs.
+    """
+    fused = config.fused_projections or {}
+    key = get_pattern_key(list(fused), name)
+    if key not in fused:
+        return None
+    cut = FusedProjection.parse(key, fused[key])
+    base: Any = target.base_layer if hasattr(target, "base_layer") else target
+    if layer_class(base, name) is not Linear:
+        raise ValueError(f"fused_projections[{key!r}] matches {name}, a {type(base).__name__}; only linear layers fuse")
+    outputs = base.nf if isinstance(base, Conv1D) else base.out_features
+    if sum(cut.splits) != outputs:
+        raise ValueError(
+            f"fused_projections[{key!r}]['splits']={list(cut.splits)} add up to {sum(cut.splits)}, but {name} has "
+            f"{outputs} outputs"
+        )
+    return cut
+
+
+def rank_and_alpha(config: LormaConfig, name: str) -> tuple[int, float]:
+    """Rank and alpha of one module after ``rank_pattern`` and ``alpha_pattern``."""
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    return r, config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lorma_alpha)
+
+
+def check_fan_in_fan_out(config: LormaConfig, target: nn.Module, name: str) -> None:
+    """Warn where ``fan_in_fan_out`` says what the module is not."""
+    if config.fan_in_fan_out and not isinstance(target, Conv1D):
+        warnings.warn(
+            f"fan_in_fan_out is set to True but {name} is a {type(target).__name__}, which stores its weight as "
+            "out x in; it is ignored there.",
+            stacklevel=2,
+        )

@@ -1,0 +1,116 @@
+"""LoRMA on a bare parameter: the stacked weights of mixture-of-experts layers, which no module calls one by one.
+
+The module that holds the parameter is run with ``I(BA)·W0`` in its place, so here the weight is read and formed in
+each forward pass. The sum is rounded to the weight's dtype, as nothing else fits the module's own arithmetic: on a
+base in bfloat16, updates below its precision do not act before they have grown.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorma.functional.multiplier import Side
+from lorma.tuners.lorma.config import LormaConfig
+from lorma.tuners.lorma.layer import LormaLayer
+
+
+class ParamWrapper(nn.Module, LormaLayer):
+    """LoRMA on one 2-D (out × in) or 3-D (experts × out × in) parameter of any module.
+
+    Each expert has its own multiplier. A module with ``is_transposed`` stores experts × in × out, as transformers has
+    it. Several parameters of one module are wrapped inside each other. (PEFT recognises this class by its name.)
+    """
+
+    kind = "Parameter"
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        *,
+        layer_name: str,
+        parameter_name: str,
+        r: int,
+        lorma_alpha: float,
+        config: LormaConfig,
+    ) -> None:
+        super().__init__()
+        for option, value in (("lorma_dropout", config.lorma_dropout), ("use_dora", config.use_dora)):
+            if value:
+                raise ValueError(f"{option}={value!r} is not supported with target_parameters ({layer_name})")
+        self.parameter_name = self.weight_name = parameter_name
+        LormaLayer.__init__(self, base_layer, layer_name)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lorma_alpha, config)
+
+    @property
+    def _transposed(self) -> bool:
+        return len(self._shape) == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        parameter = getattr(self.get_base_layer(), self.parameter_name)
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    @property
+    def blocks(self) -> int:  # type: ignore[override]
+        """Number of experts, 1 for a plain matrix."""
+        return self._shape[0] if len(self._shape) == 3 else 1
+
+    def _features(self) -> tuple[int, int]:
+        if len(self._shape) not in (2, 3):
+            raise ValueError(
+                f"target_parameters: {self.layer_name} has {len(self._shape)} dimensions; 2 (out × in) and 3 (experts "
+                "× out × in) are supported"
+            )
+        out_features, in_features = self._shape[-2:] if not self._transposed else self._shape[:-3:-1]
+        return self.blocks * in_features, self.blocks * out_features
+
+    def _matrices(self, weight: Tensor, side: Side) -> Tensor:
+        return weight.mT if self._transposed else weight
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        parameter = cast(Tensor, getattr(base_layer, self.parameter_name))
+        return parameter.device, parameter.dtype
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The wrapped module with its parameter multiplied.
+
+        Raises:
+            ValueError: for mixed batches, which would need one weight for each row.
+        """
+        if adapter_names is not None:
+            raise ValueError(f"{self.layer_name}: target_parameters does not support mixed batches (adapter_names)")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.lorma_A]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(*args, **kwargs)
+        stored = cast(Tensor, getattr(self.get_base_layer(), self.parameter_name))
+        dtype = torch.promote_types(stored.dtype, self.lorma_A[active[0]].dtype)
+        weight = stored.to(dtype)
+        for name in active:
+            weight = weight + self.delta_weight_of(name, weight)
+        path = self.parameter_name
+        inner = self.base_layer
+        while isinstance(inner, ParamWrapper):
+            path, inner = f"base_layer.{path}", inner.base_layer
+        return torch.func.functional_call(self.base_layer, {path: weight.to(stored.dtype)}, args, kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Called by PEFT when unloading: wrappers may be nested, and each merges its own parameter."""
+        layer: Any = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def __repr__(self) -> str:
+        head, _, rest = super().__repr__().partition("(")
+        return f"lorma.{head}(\n  parameter_name={self.parameter_name!r},{rest}"

@@ -1,0 +1,102 @@
+"""One adapter out of several: the exact product, or a linear combination of the same rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorma import functional
+from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.validation import check_choice
+
+COMBINATIONS = ("compose", "linear")
+
+
+def check_combination(peft_config: dict[str, Any], adapters: list[str], weights: list[float], how: str) -> None:
+    """Refuse what cannot be combined, before anything is changed.
+
+    Raises:
+        ValueError: naming the adapter and what is allowed.
+    """
+    check_choice("combination_type", how, COMBINATIONS)
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"adapters={adapters} and weights={weights} must be lists of the same length, not empty")
+    for name in adapters:
+        if name not in peft_config:
+            raise ValueError(f"Adapter {name} does not exist")
+    first = peft_config[adapters[0]]
+    for name in adapters:
+        config = peft_config[name]
+        if config.inflation != "plus":
+            raise ValueError(
+                f"adapter {name!r} has inflation={config.inflation!r}; only plus is closed under products of low rank"
+            )
+        if config.use_dora:
+            raise ValueError(f"adapter {name!r} has use_dora=True, which is no product of low rank")
+        for key in ("side", "fused_projections", "target_parameters"):
+            if getattr(config, key) != getattr(first, key):
+                raise ValueError(
+                    f"adapters {adapters[0]!r} and {name!r} differ in {key} ({getattr(first, key)!r} and "
+                    f"{getattr(config, key)!r}); only adapters on the same matrices and side can be combined"
+                )
+        if isinstance(first.target_modules, str) != isinstance(config.target_modules, str):
+            raise ValueError("all adapters must give target_modules in the same way, as a string or as a list")
+
+
+def combined_config(peft_config: dict[str, Any], adapters: list[str], ranks: dict[str, int]) -> Any:
+    """The configuration of the new adapter: rank by layer, scaling 1."""
+    configs = [peft_config[name] for name in adapters]
+    targets = [config.target_modules for config in configs]
+    if isinstance(targets[0], str):
+        together: Any = "|".join(f"({target})" for target in dict.fromkeys(targets))
+    else:
+        together = set().union(*(target or () for target in targets))
+    r = max(ranks.values())
+    return replace(
+        configs[0],
+        r=r,
+        lorma_alpha=r,
+        use_rslora=False,
+        target_modules=together,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={name: rank for name, rank in ranks.items() if rank != r},
+    )
+
+
+def combined_rank(layer: LormaLayer, adapters: list[str], how: str) -> int:
+    """Rank of the combination on one layer, 0 if none of the adapters is there.
+
+    Raises:
+        ValueError: if a linear combination is asked of different ranks.
+    """
+    ranks = [layer.r[name] for name in adapters if name in layer.r]
+    if how == "linear" and len(set(ranks)) > 1:
+        raise ValueError(f"combination_type='linear' needs one rank; on {layer.layer_name} the adapters have {ranks}")
+    return (sum(ranks) if how == "compose" else max(ranks)) if ranks else 0
+
+
+@torch.no_grad()
+def fill(layer: LormaLayer, target: str, adapters: list[str], weights: list[float], how: str) -> None:
+    """Set A and B of the adapter ``target`` to the combination.
+
+    ``compose``: the product ``∏(I + wᵢsᵢ·BᵢAᵢ)``, the first adapter acting on W0 first; exact, of rank Σrᵢ.
+    ``linear``: ``B = Σ sign(wᵢ)√|wᵢsᵢ|·Bᵢ``, ``A = Σ √|wᵢsᵢ|·Aᵢ``; of the same rank, and only near the product.
+    """
+    present = [(name, w * layer.scaling[name]) for name, w in zip(adapters, weights, strict=True) if name in layer.r]
+    new = layer._parts(target)
+    for index, (_, A, B) in enumerate(new):
+        parts = [(*layer._parts(name)[index][1:], s) for name, s in present]
+        if how == "compose":
+            product: tuple[Tensor, Tensor, Any] = parts[0]
+            for part in parts[1:]:
+                product = (*functional.compose(product, part, layer.side[target]), 1.0)
+            A.copy_(product[0])
+            B.copy_(product[1] * product[2])
+        else:
+            roots = [abs(float(s)) ** 0.5 for *_, s in parts]
+            A.copy_(torch.stack([root * a for root, (a, *_) in zip(roots, parts, strict=True)]).sum(0))
+            signed = [root if s >= 0 else -root for root, (*_, s) in zip(roots, parts, strict=True)]
+            B.copy_(torch.stack([root * b for root, (_, b, _) in zip(signed, parts, strict=True)]).sum(0))

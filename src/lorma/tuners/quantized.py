@@ -1,0 +1,135 @@
+"""Base layers whose weight is stored in a few bits: which they are, and how a merge writes into one.
+
+Training and inference never look at such a weight: LoRMA calls the base layer and multiplies what goes in or comes
+out. Only merging (and DoRMA's norms) need the numbers, and get them through PEFT's quantisation backends.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    TorchaoBackend,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+
+from lorma.functional.multiplier import widen
+
+if TYPE_CHECKING:
+    from lorma.tuners.merge import MergeableLayer
+
+
+def quantization_backend(base_layer: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
+    """PEFT's backend for a quantised layer, None for an ordinary one.
+
+    Args:
+        base_layer: the layer to look at.
+        **kwargs: what PEFT's ``get_quantization_kwargs`` finds out about the model.
+    """
+    weight = getattr(base_layer, "weight", None)
+    if type(weight).__module__.startswith("torchao.") and not kwargs.get("get_apply_tensor_subclass"):
+        return UnknownTorchaoBackend()
+    return resolve_quantization_backend(base_layer, **kwargs)
+
+
+class UnknownTorchaoBackend(TorchaoBackend):
+    """A torchao weight whose configuration is not known, because the model was not loaded with a ``TorchAoConfig``.
+
+    It can be read, and so merged into a full-precision layer, but not rounded into the same format again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(get_apply_tensor_subclass=None)
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        raise ValueError(
+            "quantized='requantize' needs to know how torchao quantised the model: load it through transformers with "
+            "a TorchAoConfig, or choose quantized='dequantize'"
+        )
+
+
+def dequantized(layer: MergeableLayer) -> Tensor:
+    """The base weight as a floating-point tensor (d × k).
+
+    Raises:
+        ValueError: if the backend cannot read its own format back.
+    """
+    backend = layer.quantization_backend
+    if backend is None or isinstance(backend, ForwardOnlyQuantizationBackend):
+        name = backend.backend_name if backend is not None else "unknown"
+        raise ValueError(
+            f"{layer.layer_name} has a {name} base, whose weight cannot be read back; merging is not available"
+        )
+    return backend.get_base_weight(layer.get_base_layer()).detach()
+
+
+def write_quantized(layer: MergeableLayer, merged: Tensor, how: str) -> float:
+    """Put a merged weight into a layer with a quantised base.
+
+    Args:
+        layer: the tuner layer.
+        merged: the exact result, d × k.
+        how: ``"requantize"`` rounds it into the base's own format; ``"dequantize"`` puts an ``nn.Linear`` in full
+            precision in the base layer's place.
+
+    Returns:
+        The relative error (Frobenius norm) of what the base layer now holds.
+    """
+    backend = layer.quantization_backend
+    assert backend is not None
+    read = dequantized(layer)
+    if how == "requantize":
+        backend.set_base_weight(layer, merged.to(read.dtype))
+        written = dequantized(layer)
+    else:
+        base: Any = layer.get_base_layer()
+        d, k = merged.shape
+        linear = nn.Linear(k, d, bias=base.bias is not None, device="meta")
+        written = merged.to(device=base.weight.device, dtype=read.dtype)
+        linear.weight = nn.Parameter(written, requires_grad=False)
+        linear.bias = base.bias
+        layer.base_layer = linear.train(base.training)
+        layer.quantization_backend = None
+    error = torch.linalg.vector_norm(widen(written).to(merged.device) - merged) / torch.linalg.vector_norm(merged)
+    return error.item()
+
+
+class QuantizedOriginal:
+    """A quantised base layer as it was before a merge, for putting back bit for bit.
+
+    Backends keep parts of a weight beside it (scales in the parameter's own attributes, in ``state`` or in
+    ``quant_state``) and may replace the parameter, its attributes or the whole layer; all of that is noted.
+    """
+
+    def __init__(self, layer: MergeableLayer) -> None:
+        self.backend = layer.quantization_backend
+        self.module: Any = layer.get_base_layer()
+        self.parameter = self.module.weight
+        self.attributes = dict(vars(self.parameter))
+        self.state = copy.copy(getattr(self.module, "state", None))
+        self.quant_state = getattr(self.module, "quant_state", None)
+
+    def read(self, layer: MergeableLayer) -> Tensor:
+        """The original weight in floating point; ``layer`` is left as it is."""
+        now = QuantizedOriginal(layer)
+        self.restore(layer)
+        try:
+            return dequantized(layer)
+        finally:
+            now.restore(layer)
+
+    def restore(self, layer: MergeableLayer) -> None:
+        """Put everything back into ``layer``."""
+        layer.base_layer = self.module
+        layer.quantization_backend = self.backend
+        self.module.weight = self.parameter
+        vars(self.parameter).update(self.attributes)
+        if self.state is not None:
+            self.module.state = self.state
+        if self.quant_state is not None:
+            self.module.quant_state = self.quant_state
