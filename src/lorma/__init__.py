@@ -6,6 +6,14 @@ Importing this package makes ``LORMA`` known to PEFT; from there ``get_peft_mode
 
 from lorma._version import __version__
 from lorma.errors import InputError
-from lorma.tuners import LormaConfig, LormaModel
+from lorma.tuners import LormaConfig, LormaModel, MergeReport, hotswap_adapter, prepare_for_hotswap
 
-__all__ = ["InputError", "LormaConfig", "LormaModel", "__version__"]
+__all__ = [
+    "InputError",
+    "LormaConfig",
+    "LormaModel",
+    "MergeReport",
+    "__version__",
+    "hotswap_adapter",
+    "prepare_for_hotswap",
+]

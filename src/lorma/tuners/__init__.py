@@ -1,5 +1,6 @@
 """LoRMA as PEFT methods: configuration, layers, models, and their registration with PEFT."""
 
-from lorma.tuners.lorma import LormaConfig, LormaLayer, LormaModel
+from lorma.tuners.lorma import LormaConfig, LormaLayer, LormaModel, hotswap_adapter, prepare_for_hotswap
+from lorma.tuners.merge import MergeReport
 
-__all__ = ["LormaConfig", "LormaLayer", "LormaModel"]
+__all__ = ["LormaConfig", "LormaLayer", "LormaModel", "MergeReport", "hotswap_adapter", "prepare_for_hotswap"]

@@ -7,6 +7,7 @@ out. Only merging (and DoRMA's norms) need the numbers, and get them through PEF
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from lorma.functional.multiplier import widen
 
 if TYPE_CHECKING:
     from lorma.tuners.merge import MergeableLayer
+
+logger = logging.getLogger(__name__)
 
 
 def quantization_backend(base_layer: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
@@ -65,7 +68,10 @@ def dequantized(layer: MergeableLayer) -> Tensor:
         raise ValueError(
             f"{layer.layer_name} has a {name} base, whose weight cannot be read back; merging is not available"
         )
-    return backend.get_base_weight(layer.get_base_layer()).detach()
+    base = layer.get_base_layer()
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        base.state_dict()  # bitsandbytes then unpacks what it had packed for its CPU kernel, and can read it again
+    return backend.get_base_weight(base).detach()
 
 
 def write_quantized(layer: MergeableLayer, merged: Tensor, how: str) -> float:
@@ -133,3 +139,15 @@ class QuantizedOriginal:
             self.module.state = self.state
         if self.quant_state is not None:
             self.module.quant_state = self.quant_state
+
+
+def tell_requantization(errors: dict[str, float | None]) -> None:
+    """Log the largest relative error that rounding into quantised bases added, if any layer has one."""
+    known = {layer: error for layer, error in errors.items() if error}
+    if known:
+        worst = max(known, key=lambda layer: known[layer])
+        logger.warning(
+            "merging: rounding to the storage format changed the merged weights by up to %.2g (relative; %s)",
+            known[worst],
+            worst,
+        )

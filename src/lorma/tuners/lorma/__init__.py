@@ -2,6 +2,7 @@
 
 from lorma.tuners.lorma.channels import ConvNd, Embedding, Linear
 from lorma.tuners.lorma.config import LormaConfig
+from lorma.tuners.lorma.hotswap import hotswap_adapter, prepare_for_hotswap
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.model import LormaModel
 from lorma.tuners.lorma.parameter import ParamWrapper
@@ -9,4 +10,14 @@ from lorma.tuners.registration import register
 
 register("lorma", LormaConfig, LormaModel)
 
-__all__ = ["ConvNd", "Embedding", "Linear", "LormaConfig", "LormaLayer", "LormaModel", "ParamWrapper"]
+__all__ = [
+    "ConvNd",
+    "Embedding",
+    "Linear",
+    "LormaConfig",
+    "LormaLayer",
+    "LormaModel",
+    "ParamWrapper",
+    "hotswap_adapter",
+    "prepare_for_hotswap",
+]

@@ -152,6 +152,15 @@ class LormaLayer(MergeableLayer):
                 held[adapter_name].data = held[adapter_name].data.to(dtype)
         self._norms.clear()
 
+    def set_scaling(self, adapter_name: str, value: float) -> None:
+        """Change the scalar s of one adapter, in place if it is a tensor."""
+        held = self.scaling[adapter_name]
+        if isinstance(held, Tensor):
+            held.fill_(value)
+        else:
+            self.scaling[adapter_name] = value
+        self._norms.clear()
+
     # The weight as matrices, and what an adapter does to them
 
     def _matrices(self, weight: Tensor, side: Side) -> Tensor:

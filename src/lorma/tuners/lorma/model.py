@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +19,9 @@ from lorma.tuners.lorma.dispatch import check_fan_in_fan_out, fused_projection, 
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.parameter import ParamWrapper
 from lorma.tuners.merge import MergeReport
+from lorma.tuners.quantized import tell_requantization
 from lorma.tuners.targets import closest_modules
 
-logger = logging.getLogger(__name__)
 MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_FUSED_MODULES = ("out_proj", "conv1d")
 
@@ -101,6 +100,13 @@ class LormaModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        """As in PEFT; a layer that is taken off leaves its base layer as it is, which need not have a ``weight``."""
+        if isinstance(child, LormaLayer) and not isinstance(new_module, LormaLayer):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters start in at least float32; PEFT's ``autocast_adapter_dtype=False`` takes the base layer's dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -149,7 +155,7 @@ class LormaModel(BaseTuner):
                     if before:
                         layer.merge(adapter_names=before, quantized=quantized)
             raise
-        self._tell_requantization(reports)
+        tell_requantization({r.layer: r.requantization_error for r in reports})
         return reports
 
     def unmerge_adapter(self) -> list[MergeReport]:
@@ -195,18 +201,8 @@ class LormaModel(BaseTuner):
                 self._check_finite(adapter_names)
         unload: Any = super()._unload_and_optionally_merge
         model = unload(merge, progressbar, safe_merge, adapter_names)
-        self._tell_requantization(reports)
+        tell_requantization({r.layer: r.requantization_error for r in reports})
         return model
-
-    def _tell_requantization(self, reports: list[MergeReport]) -> None:
-        errors = {r.layer: r.requantization_error for r in reports if r.requantization_error}
-        if errors:
-            worst = max(errors, key=lambda name: errors[name] or 0.0)
-            logger.warning(
-                "rounding merged weights into the quantised base changed them by up to %.3g (relative, %s)",
-                errors[worst],
-                worst,
-            )
 
     def add_weighted_adapter(
         self,
