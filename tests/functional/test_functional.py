@@ -236,3 +236,60 @@ def test_bad_input_names_what_is_wrong(call, message):
     A, B = torch.zeros(2, 6), torch.zeros(6, 2)
     with pytest.raises(ValueError, match=message):
         call(A, B)
+
+
+@given(n=sizes, r=ranks, inflation=inflations)
+def test_the_transposed_update(n, r, inflation):
+    A, B = factors(n, r)
+    x = torch.randn(3, n, dtype=torch.float64)
+    expected = x @ plain_multiplier(A, B, 0.7, inflation) - x
+    assert_close(F.multiplier_update(x, A, B, 0.7, inflation, transpose=True), expected, **TOLERANCE)
+
+
+@given(d=sizes, k=sizes, r=ranks, side=sides)
+def test_row_norms_of_the_multiplied_weight_and_their_gradients(d, k, r, side):
+    A, B = factors(d if side == "pre" else k, r, requires_grad=True)
+    W = torch.randn(d, k, dtype=torch.float64)
+    M = plain_multiplier(A, B, 1.3, "plus")
+    expected = torch.linalg.vector_norm(M @ W if side == "pre" else W @ M, dim=-1)
+    norms = F.multiplied_row_norms(W, A, B, 1.3, side)
+    assert_close(norms, expected, rtol=1e-6, atol=1e-6)
+    weights = torch.randn(d, dtype=torch.float64)
+    grads = torch.autograd.grad((norms * weights).sum(), (A, B))
+    assert_close(grads, torch.autograd.grad((expected * weights).sum(), (A, B)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", F.SIDES)
+def test_row_norms_of_a_low_precision_weight_are_summed_in_pieces(side):
+    W = torch.randn(2, 2500, 6).bfloat16()
+    n = 2500 if side == "pre" else 6
+    A, B = torch.randn(2, 3, n) / n**0.5, torch.randn(2, n, 3) / n**0.5
+    plain = W.float() + F.delta_weight(W.float(), A, B, 0.7, "plus", side)
+    norms = F.multiplied_row_norms(W, A, B, 0.7, side)
+    assert norms.dtype == torch.float32
+    assert_close(norms, plain.norm(dim=-1))
+
+
+@given(n=sizes, r=ranks, inflation=inflations)
+def test_singular_range(n, r, inflation):
+    A, B = factors(n, r, batch=(2,))
+    values = torch.stack([torch.linalg.svdvals(plain_multiplier(A[i], B[i], 0.7, inflation)) for i in range(2)])
+    largest, smallest = F.singular_range(A, B, 0.7, inflation)
+    assert_close(largest, values[:, 0], **TOLERANCE)
+    assert_close(smallest, values[:, -1], **TOLERANCE)
+
+
+@given(d=st.integers(3, 9), k=st.integers(3, 9), inflation=st.sampled_from(("plus", "permutation")), side=sides)
+def test_the_inverse_takes_a_merge_back(d, k, inflation, side):
+    A, B = factors(d if side == "pre" else k, 2)
+    W = torch.randn(d, k, dtype=torch.float64)
+    merged = W + F.delta_weight(W, A, B, 0.3, inflation, side)
+    condition = torch.linalg.cond(plain_multiplier(A, B, 0.3, inflation)).item()
+    restored = merged + F.inverse_delta_weight(merged, A, B, 0.3, inflation, side)
+    assert_close(restored, W, rtol=0, atol=1e-13 * condition**2)
+
+
+def test_none_of_low_rank_has_no_inverse():
+    A, B = factors(4, 2)
+    with pytest.raises(ValueError, match="has no inverse: its rank is at most r"):
+        F.inverse_delta_weight(torch.zeros(4, 3, dtype=torch.float64), A, B, 1.0, "none")

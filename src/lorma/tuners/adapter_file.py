@@ -35,3 +35,28 @@ def check_adapter_folder(folder: Path) -> None:
     if not any(".lorma_A" in name for name in shapes):
         first = ", ".join(sorted(shapes)[:2]) or "nothing"
         raise ValueError(f"{path} holds no LoRMA weights (names with lorma_A and lorma_B); it holds {first}")
+
+
+def check_fits(places: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], parts: tuple[str, ...]) -> None:
+    """Refuse adapter weights that the adapted model has no place of their shape for.
+
+    Args:
+        places: names and shapes in the model.
+        found: names and shapes in the file, which may call the model ``base_model.model``.
+        parts: names of the method's own parameters; others (biases, heads) are left to PEFT.
+
+    Raises:
+        ValueError: naming the weight, the expected and the found shape.
+    """
+    prefix = "base_model.model."
+    wrapped = any(name.startswith(prefix) for name in places)
+    for key, shape in found.items():
+        if not any(f".{part}" in key for part in parts):
+            continue
+        name = key if wrapped else key.removeprefix(prefix)
+        if name not in places:
+            raise ValueError(f"the adapter file holds {name}, which the adapted model does not have")
+        if shape != places[name]:
+            raise ValueError(
+                f"the adapter does not fit the base model: {name} should have shape {places[name]}, found {shape}"
+            )

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -25,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from lorma.functional.multiplier import widen
+from lorma.tuners.originals import MergeReport, Original, rounding_error
 from lorma.tuners.quantized import QuantizedOriginal, dequantized, write_quantized
 from lorma.tuners.validation import check_choice
 
@@ -32,40 +32,6 @@ UNDO_CHOICES = ("snapshot", "inverse", "refuse")
 QUANTIZED_CHOICES = ("requantize", "dequantize")
 CONDITION_LIMIT = 1e4
 """Condition number of a multiplier up to which ``undo="inverse"`` merges."""
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge or an unmerge did to one layer.
-
-    ``error_bound`` bounds the distance (Frobenius norm) between the weight after undoing and the one before the first
-    merge; it is 0 for snapshots and infinite where undoing is refused. ``condition`` is the largest condition number
-    of a merged multiplier (``inverse`` only). ``requantization_error`` is the relative error (Frobenius norm) that
-    rounding into a quantised base added to the exact merged weight.
-    """
-
-    layer: str
-    undo: str
-    error_bound: float
-    condition: float | None = None
-    requantization_error: float | None = None
-
-
-class Original:
-    """The parameter that a layer had before a merge."""
-
-    def __init__(self, layer: MergeableLayer) -> None:
-        self.parameter = layer._parameter()
-
-    def read(self, layer: MergeableLayer) -> Tensor:
-        """The original weight; ``layer`` is left as it is."""
-        return self.parameter.data
-
-    def restore(self, layer: MergeableLayer) -> None:
-        """Put the parameter back, to where and in the dtype in which the merged one is by now."""
-        now = layer._parameter()
-        self.parameter.data = self.parameter.data.to(device=now.device, dtype=now.dtype)
-        setattr(layer.get_base_layer(), layer.weight_name, self.parameter)
 
 
 class MergeableLayer(BaseTunerLayer):
@@ -202,6 +168,35 @@ class MergeableLayer(BaseTunerLayer):
         self.merged_adapters.clear()
         return report
 
+    def waiting_adapters(self) -> list[str]:
+        """Active adapters that act in the forward pass, in their order.
+
+        Of a merged layer those are the ones that were left out of a merge of some of the active adapters; they act
+        after the merged ones. If only adapters that are not active were merged, the layer stands for those alone.
+        """
+        known = self._get_available_adapters()
+        active = [name for name in self.active_adapters if name in known]
+        if self.merged and not any(name in self.merged_adapters for name in active):
+            return []
+        return [name for name in active if name not in self.merged_adapters]
+
+    def check_order(self, adapter_names: list[str] | None) -> None:
+        """Refuse a merge after which the active adapters would act in another order.
+
+        Raises:
+            ValueError: if an adapter that is left out acts before one that is merged.
+        """
+        known = self._get_available_adapters()
+        active = [name for name in self.active_adapters if name in known]
+        names = active if adapter_names is None else adapter_names
+        left_out = [name for name in active if name not in names and name not in self.merged_adapters]
+        overtaken = [name for name in names if left_out and name in active[active.index(left_out[0]) :]]
+        if overtaken:
+            raise ValueError(
+                f"merging {overtaken[0]!r} but not {left_out[0]!r} into {self.layer_name} would change the order in "
+                f"which the active adapters act ({', '.join(active)}); merge {left_out[0]!r} first, or all of them"
+            )
+
     def _check_undo(self, undo: str | None, names: list[str]) -> str:
         if undo is None:
             undo = self._undo if self.merged else self.undo[names[0]]
@@ -276,10 +271,3 @@ class MergeableLayer(BaseTunerLayer):
                 "(float16, bfloat16, float32 or float64)"
             )
         return weight
-
-
-def rounding_error(rounded: Tensor) -> float:
-    """Bound (Frobenius norm) on what rounding to the dtype of ``rounded`` changed, its arithmetic done in float64."""
-    info = torch.finfo(rounded.dtype)
-    unit = info.eps / 2 + 64 * torch.finfo(torch.float64).eps
-    return unit * (rounded.double().norm().item() + info.tiny * rounded.numel() ** 0.5)

@@ -61,15 +61,13 @@ class ChannelLayer(nn.Module, LormaLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
         routes = self._routes(x, adapter_names)
         result = self._call_base(x, routes, *args, **kwargs)
         return self._multiply_outputs(result, routes)
 
     def _routes(self, x: Tensor, adapter_names: list[str] | None) -> Routes:
         if adapter_names is None:
-            return [(None, [name for name in self.active_adapters if name in self.lorma_A])]
+            return [(None, self.waiting_adapters())]
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             if name in self.lorma_A:
@@ -272,5 +270,7 @@ class Embedding(ChannelLayer):
     def _multiplied_norms(self, adapter_name: str) -> Tensor:
         """Norms of the columns of W0·I(BA), as those of the rows of I(BA)ᵀ·W0ᵀ."""
         A, B = self.lorma_A[adapter_name], self.lorma_B[adapter_name]
-        weight = self.original_weight().mT
-        return functional.multiplied_row_norms(weight, B.mT, A.mT, self.scaling[adapter_name], "pre").to(A.device)
+        with self._gathered():
+            weight = self.original_weight().mT
+            norms = functional.multiplied_row_norms(weight, B.mT, A.mT, self.scaling[adapter_name], "pre")
+        return norms.to(A.device)

@@ -11,6 +11,7 @@ computed in their dtype and the sum returned in the base layer's output dtype.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -244,15 +245,19 @@ class LormaLayer(MergeableLayer):
     @torch.no_grad()
     def _multiplied_norms(self, adapter_name: str) -> Tensor:
         """Norms of the rows of W0 multiplied by this adapter alone; see :func:`functional.multiplied_row_norms`."""
-        base: Any = self.get_base_layer()
         side = self.side[adapter_name]
-        with gather_params_ctx(base.parameters()):
+        with self._gathered():
             matrices = self._matrices(self.original_weight(), side)
             ((_, A, B),) = self._parts(adapter_name)
             A, B = (widen(t).to(matrices.device) for t in (A, B))
             A, B = (t.reshape(t.shape[:-2] + (1,) * (matrices.ndim - t.ndim) + t.shape[-2:]) for t in (A, B))
             norms = functional.multiplied_row_norms(matrices, A, B, self.scaling[adapter_name], side)
         return self._join_norms(norms).to(self.lorma_A[adapter_name].device)
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        """Under ZeRO-3, gathers what of the base layer is partitioned and not gathered already by a running forward."""
+        parameters = self.get_base_layer().parameters()
+        return gather_params_ctx([p for p in parameters if hasattr(p, "ds_shape") and p.shape != p.ds_shape])
 
     def _join_norms(self, norms: Tensor) -> Tensor:
         return norms
@@ -264,7 +269,8 @@ class LormaLayer(MergeableLayer):
         """
         magnitude = self.lorma_magnitude_vector[adapter_name]
         keep = not (torch.is_grad_enabled() or cast(Any, self).training or torch.compiler.is_compiling())
-        key = (self.lorma_A[adapter_name]._version, self.lorma_B[adapter_name]._version) if keep else None
+        held = (self.get_base_layer().weight, self.lorma_A[adapter_name], self.lorma_B[adapter_name])
+        key = [(id(tensor), tensor._version) for tensor in held] if keep else None
         if keep and adapter_name in self._norms and self._norms_key.get(adapter_name) == key:
             norms = self._norms[adapter_name]
         else:

@@ -13,12 +13,13 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
+from lorma.tuners.adapter_file import check_fits
 from lorma.tuners.lorma import weighted
 from lorma.tuners.lorma.batches import mixed_batch
 from lorma.tuners.lorma.dispatch import check_fan_in_fan_out, fused_projection, layer_class, rank_and_alpha
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.parameter import ParamWrapper
-from lorma.tuners.merge import MergeReport
+from lorma.tuners.originals import MergeReport
 from lorma.tuners.quantized import tell_requantization
 from lorma.tuners.targets import closest_modules
 
@@ -134,8 +135,13 @@ class LormaModel(BaseTuner):
 
         Returns:
             One report for each layer that was merged.
+
+        Raises:
+            ValueError: as ``merge`` does; or if an active adapter that is left out acts before one that is merged.
         """
         self._check_merge_allowed()
+        for layer in self._layers():
+            layer.check_order(adapter_names)
         if safe_merge:
             self._check_finite(adapter_names)
         reports: list[MergeReport] = []
@@ -255,7 +261,7 @@ class LormaModel(BaseTuner):
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
             for name in adapter_names or layer.active_adapters:
-                for factors in ("lorma_A", "lorma_B"):
+                for factors in layer.adapter_layer_names:
                     held = getattr(layer, factors)
                     if name in held and not torch.isfinite(held[name]).all():
                         raise ValueError(
@@ -277,20 +283,8 @@ class LormaModel(BaseTuner):
             f"{path}.{factors}.{adapter_name}": tuple(getattr(layer, factors)[adapter_name].shape)
             for path, layer in model.named_modules()
             if isinstance(layer, LormaLayer)
-            for factors in ("lorma_A", "lorma_B")
+            for factors in layer.adapter_layer_names
             if adapter_name in getattr(layer, factors)
         }
-        prefix = "base_model.model."
-        wrapped = any(name.startswith(prefix) for name in places)
-        for key, tensor in remapped.items():
-            if ".lorma_A" not in key and ".lorma_B" not in key:
-                continue
-            name = key if wrapped else key.removeprefix(prefix)
-            if name not in places:
-                raise ValueError(f"the adapter file holds {name}, which the adapted model does not have")
-            if tuple(tensor.shape) != places[name]:
-                raise ValueError(
-                    f"the adapter does not fit the base model: {name} should have shape {places[name]}, "
-                    f"found {tuple(tensor.shape)}"
-                )
+        check_fits(places, {k: tuple(v.shape) for k, v in remapped.items()}, LormaLayer.adapter_layer_names)
         return remapped

@@ -86,8 +86,8 @@ class ParamWrapper(nn.Module, LormaLayer):
             raise ValueError(f"{self.layer_name}: target_parameters does not support mixed batches (adapter_names)")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [name for name in self.active_adapters if name in self.lorma_A]
-        if self.disable_adapters or self.merged or not active:
+        active = self.waiting_adapters()
+        if self.disable_adapters or not active:
             return self.base_layer(*args, **kwargs)
         stored = cast(Tensor, getattr(self.get_base_layer(), self.parameter_name))
         dtype = torch.promote_types(stored.dtype, self.lorma_A[active[0]].dtype)

@@ -1,0 +1,53 @@
+"""What a merge leaves behind: the original parameter, a report, and bounds on what rounding changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lorma.tuners.merge import MergeableLayer
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge or an unmerge did to one layer.
+
+    ``error_bound`` bounds the distance (Frobenius norm) between the weight after undoing and the one before the first
+    merge; it is 0 for snapshots and infinite where undoing is refused. ``condition`` is the largest condition number
+    of a merged multiplier (``inverse`` only). ``requantization_error`` is the relative error (Frobenius norm) that
+    rounding into a quantised base added to the exact merged weight.
+    """
+
+    layer: str
+    undo: str
+    error_bound: float
+    condition: float | None = None
+    requantization_error: float | None = None
+
+
+class Original:
+    """The parameter that a layer had before a merge."""
+
+    def __init__(self, layer: MergeableLayer) -> None:
+        self.parameter = layer._parameter()
+
+    def read(self, layer: MergeableLayer) -> Tensor:
+        """The original weight; ``layer`` is left as it is."""
+        return self.parameter.data
+
+    def restore(self, layer: MergeableLayer) -> None:
+        """Put the parameter back, to where and in the dtype in which the merged one is by now."""
+        now = layer._parameter()
+        self.parameter.data = self.parameter.data.to(device=now.device, dtype=now.dtype)
+        setattr(layer.get_base_layer(), layer.weight_name, self.parameter)
+
+
+def rounding_error(rounded: Tensor) -> float:
+    """Bound (Frobenius norm) on what rounding to the dtype of ``rounded`` changed, its arithmetic done in float64."""
+    info = torch.finfo(rounded.dtype)
+    unit = info.eps / 2 + 64 * torch.finfo(torch.float64).eps
+    return unit * (rounded.double().norm().item() + info.tiny * rounded.numel() ** 0.5)
