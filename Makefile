@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEPENDENCIES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-fast check format clean
+.PHONY: quickstart test test-fast support zero3 check format clean
 
 quickstart: $(VENV)/.demo  ## Install, then compare LoRA with LoRMA on real reviews
 	$(BIN)/lorma compare recipes/quickstart.yaml
@@ -14,6 +14,14 @@ test: $(VENV)/.dev  ## Install, then run every test
 
 test-fast: $(VENV)/.dev  ## Without real models and subprocesses
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+support: $(VENV)/.dev  ## Write docs/support.md: every feature on every kind of layer
+	cd tests && ../$(BIN)/python -m support.table
+
+zero3: $(VENV)/.dev  ## Train under DeepSpeed ZeRO-3 in two processes (compiles its communication on first use)
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps deepspeed hjson ninja py-cpuinfo msgpack einops
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(BIN)/python tests/environments/zero3.py
 
 check: $(VENV)/.dev  ## Lint, format and types
 	$(BIN)/ruff check .
