@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-3 on two CPU processes: a partitioned base, adapters trained, saved, and reloaded in one process.
 
-Not part of the test suite, because DeepSpeed compiles its communication on first use; ``make zero3`` installs and runs it:
+Not part of the test suite: DeepSpeed compiles its communication on first use. ``make zero3`` installs it and runs this:
 
     python tests/environments/zero3.py            # all variants
     python -m torch.distributed.run --nproc_per_node 2 tests/environments/zero3.py --train DIR CONFIG.json
