@@ -144,8 +144,13 @@ def evaluate(run: RunDirectory, *, trust_remote_code: bool = False) -> dict[str,
 
 
 def usage_lines(run: RunDirectory) -> list[str]:
-    """Three lines of Python that use the adapter of a finished run (two for a whole model)."""
+    """Lines of Python that use the adapter of a finished run, or its whole model."""
     recipe = run.read_recipe()
+    if recipe.model.quantization:
+        return [
+            "from lorma.training.inference import load_predictor",
+            f"model = load_predictor({str(run.path)!r}).model",
+        ]
     task = get_task(recipe.task)
     whole = run.model.is_dir()
     meta = _read_json((run.model if whole else run.adapter) / META_FILE)["data"]

@@ -1,7 +1,14 @@
-"""Loading base models and tokenizers, whatever they come from, and putting a method on them."""
+"""Loading base models and tokenizers, whatever they come from, and putting a method on them.
+
+A base in 4 or 8 bits (``model.quantization``) is what transformers makes of it with bitsandbytes, with the settings of
+QLoRA (arXiv 2305.14314) for 4 bits. PEFT's ``prepare_model_for_kbit_training`` is not called: freezing the base is done
+by PEFT whenever it adds an adapter, gradient checkpointing and input gradients are the recipe's, and its remaining
+step, casting what is not quantised to float32, is ``model.dtype``, float32 unless the recipe says otherwise.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -45,13 +52,75 @@ def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedMod
     import transformers
 
     kwargs["dtype"] = getattr(torch, spec.dtype)
-    if locate(spec).gguf_file is None:
+    packed = locate(spec).gguf_file is not None
+    if not packed:
         kwargs["use_safetensors"] = True
+        if spec.quantization:
+            kwargs["quantization_config"] = _bitsandbytes_config(spec, auto_model)
     elif hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: PreTrainedModel = _load(getattr(transformers, auto_model), spec, kwargs)
-    _forget_packing(model)
+    if packed:
+        _forget_packing(model)
+        if spec.quantization:
+            _quantize(model, _bitsandbytes_config(spec, auto_model))
+    _keep_layout(model)
     return model
+
+
+def _bitsandbytes_config(spec: ModelSpec, auto_model: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    # transformers keeps output embeddings and what is tied to them out of it, but not every head that is trained.
+    heads = None if auto_model == "AutoModelForCausalLM" else ["classifier", "score"]
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+        llm_int8_skip_modules=heads,
+    )
+
+
+def _quantize(model: Any, config: Any) -> None:
+    """What ``from_pretrained`` does with a quantisation configuration, for a model that is there already.
+
+    It cannot do so with a GGUF file, which takes the place of that configuration. One layer at a time, so that no more
+    than one is there twice.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.validate_environment()
+    device_map = quantizer.update_device_map(None)
+    before = dict(model.named_modules())
+    quantizer.preprocess_model(model=model, device_map=device_map)
+    convert = quantizer.get_quantize_ops().convert
+    for name, module in model.named_modules():
+        old = before.pop(name)
+        if module is not old:
+            module.weight = convert({f"{name}.weight": old.weight.data}, model=model)[f"{name}.weight"]
+            module.bias = old.bias
+            module.train(old.training)
+            old.weight = None
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+    model.to(device_map[""])
+
+
+def _keep_layout(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a faster CPU kernel at the first pass in evaluation mode.
+
+    The repacked form (bitsandbytes 0.50.2, processors with AVX-512 BF16) rounds block scales to bfloat16, lets no
+    gradient through, also later in training mode, and does not take layers whose sizes are no multiples of 32 and 64.
+    Training and evaluation would not even compute the same function.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _forget_packing(model: Any) -> None:
@@ -69,6 +138,10 @@ def _forget_packing(model: Any) -> None:
 
 
 def _load(auto: Any, spec: ModelSpec, kwargs: dict[str, Any]) -> Any:
+    if spec.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f'model.quantization={spec.quantization!r} needs bitsandbytes, which is not installed: pip install "lorma[quant]"'
+        )
     source = locate(spec)
     if source.gguf_file:
         kwargs["gguf_file"] = source.gguf_file
@@ -105,6 +178,7 @@ def attach(model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_ty
     """
     _check_names(model, "adapter.target_modules", adapter.target_modules)
     _check_names(model, "adapter.modules_to_save", adapter.modules_to_save)
+    _check_trainable(model, adapter.modules_to_save)
     if method.build is None:
         return model
     from peft import get_peft_model
@@ -122,6 +196,17 @@ def _check_names(model: PreTrainedModel, key: str, wanted: list[str] | str | Non
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise InputError(f"{key}: {target!r} matches no module; closest names: {closest_modules(model, [target])}")
+
+
+def _check_trainable(model: PreTrainedModel, wanted: list[str] | None) -> None:
+    for name, module in model.named_modules():
+        for target in wanted or []:
+            if (name == target or name.endswith(f".{target}")) and not all(
+                p.is_floating_point() for p in module.parameters()
+            ):
+                raise InputError(
+                    f"adapter.modules_to_save: {target!r} is quantised (model.quantization) and cannot be trained whole"
+                )
 
 
 def count_parameters(model: Any) -> dict[str, int]:

@@ -27,14 +27,16 @@ class Section(BaseModel):
 class ModelSpec(Section):
     """Which base model: an alias (``minilm``, ``smollm2-135m``), a local directory or a hub name.
 
-    ``gguf_file`` names a GGUF file inside it; ``dtype`` is the precision the weights are held in;
-    ``trust_remote_code`` lets the repository's own Python run.
+    ``gguf_file`` names a GGUF file inside it; ``dtype`` is the precision the weights are held in; ``quantization``
+    stores the linear layers in 4 bits (``nf4``) or 8 (``int8``) instead, and then ``dtype`` is that of everything else
+    and of the arithmetic; ``trust_remote_code`` lets the repository's own Python run.
     """
 
     name: str = Field(min_length=1)
     revision: str | None = None
     gguf_file: str | None = None
     dtype: Precision = "float32"
+    quantization: Literal["nf4", "int8"] | None = None
     trust_remote_code: bool = False
 
 
@@ -117,7 +119,11 @@ class Recipe(Section):
                 f"task={self.task!r} is unknown; allowed: {', '.join(TASKS)}{did_you_mean(self.task, TASKS)}"
             )
         for name in (self.method, *self.compare.methods):
-            get_method(name)
+            if get_method(name).build is None and self.model.quantization is not None:
+                raise InputError(
+                    f"method={name!r} is not possible with model.quantization={self.model.quantization!r}: weights "
+                    "rounded to a few bits cannot follow small gradient steps; choose another method or null"
+                )
         return self
 
     def to_yaml(self) -> str:

@@ -91,32 +91,30 @@ class ChannelLayer(nn.Module, LormaLayer):
         return self.side[adapter_name] == "post"
 
     def _call_base(self, x: Tensor, routes: Routes, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer on multiplied inputs; where slices have inputs of their own, once for each of those."""
-        cut = next((self.fused[name] for _, names in routes for name in names if self._cuts_inputs(name)), None)
-        inputs = [x] * (1 if cut is None else len(cut.splits))
-        for rows, names in routes:
-            for name in reversed(names):
-                if not self._acts_on_inputs(name):
-                    continue
-                adapt = self.fused[name].adapt if self._cuts_inputs(name) else range(len(inputs))
-                parts = self._parts(name)
-                changed: dict[tuple[int, int], Tensor] = {}
-                for position, index in enumerate(adapt):
-                    part = position if len(parts) > 1 else 0
-                    key = (id(inputs[index]), part)
-                    if key not in changed:
-                        changed[key] = self._multiplied_input(inputs[index], rows, name, *parts[part][1:])
-                    inputs[index] = changed[key]
-        results: dict[int, Tensor] = {}
-        for tensor in inputs:
-            if id(tensor) not in results:
-                results[id(tensor)] = self.base_layer(tensor, *args, **kwargs)
-        if len(results) == 1 or cut is None:
-            return results[id(inputs[0])]
-        return torch.cat([results[id(tensor)][..., cut.rows(i)] for i, tensor in enumerate(inputs)], dim=-1)
+        """The base layer on multiplied inputs."""
+        steps = [(rows, name) for rows, names in routes for name in reversed(names) if self._acts_on_inputs(name)]
+        if any(name in self.fused for _, name in steps):
+            return self._call_fused_base(x, steps, *args, **kwargs)
+        for rows, name in steps:
+            x = self._multiplied_input(x, rows, name, *self._parts(name)[0][1:])
+        return self.base_layer(x, *args, **kwargs)
 
-    def _cuts_inputs(self, adapter_name: str) -> bool:
-        return self._acts_on_inputs(adapter_name) and adapter_name in self.fused
+    def _call_fused_base(self, x: Tensor, steps: list[tuple[Tensor | None, str]], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer once for each input that some slice has; a slice's input is known by the steps that led to it."""
+        cut = next(self.fused[name] for _, name in steps if name in self.fused)
+        inputs: dict[tuple[tuple[int, int], ...], Tensor] = {(): x}
+        paths: list[tuple[tuple[int, int], ...]] = [()] * len(cut.splits)
+        for number, (rows, name) in enumerate(steps):
+            parts = self._parts(name)
+            adapt = self.fused[name].adapt if name in self.fused else range(len(paths))
+            for position, index in enumerate(adapt):
+                part = position if name in self.fused else 0
+                path = (*paths[index], (number, part))
+                if path not in inputs:
+                    inputs[path] = self._multiplied_input(inputs[paths[index]], rows, name, *parts[part][1:])
+                paths[index] = path
+        outputs = {path: self.base_layer(inputs[path], *args, **kwargs) for path in dict.fromkeys(paths)}
+        return torch.cat([outputs[path][..., cut.rows(i)] for i, path in enumerate(paths)], dim=-1)
 
     def _multiplied_input(self, x: Tensor, rows: Tensor | None, name: str, A: Tensor, B: Tensor) -> Tensor:
         part = x if rows is None else x.index_select(0, rows)
