@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -37,26 +38,20 @@ def check_adapter_folder(folder: Path) -> None:
         raise ValueError(f"{path} holds no LoRMA weights (names with lorma_A and lorma_B); it holds {first}")
 
 
-def check_fits(places: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], parts: tuple[str, ...]) -> None:
-    """Refuse adapter weights that the adapted model has no place of their shape for.
+def check_known(places: set[str], found: Iterable[str], parts: tuple[str, ...]) -> None:
+    """Refuse adapter weights that the adapted model has no place for, which PEFT would leave out without a word.
 
     Args:
-        places: names and shapes in the model.
-        found: names and shapes in the file, which may call the model ``base_model.model``.
+        places: names in the model.
+        found: names in the file, which may call the model ``base_model.model``.
         parts: names of the method's own parameters; others (biases, heads) are left to PEFT.
 
     Raises:
-        ValueError: naming the weight, the expected and the found shape.
+        ValueError: naming the weight.
     """
     prefix = "base_model.model."
     wrapped = any(name.startswith(prefix) for name in places)
-    for key, shape in found.items():
-        if not any(f".{part}" in key for part in parts):
-            continue
+    for key in found:
         name = key if wrapped else key.removeprefix(prefix)
-        if name not in places:
+        if any(f".{part}" in key for part in parts) and name not in places:
             raise ValueError(f"the adapter file holds {name}, which the adapted model does not have")
-        if shape != places[name]:
-            raise ValueError(
-                f"the adapter does not fit the base model: {name} should have shape {places[name]}, found {shape}"
-            )

@@ -1,5 +1,6 @@
 """LoRMA as a PEFT method."""
 
+from lorma.tuners.lorma.attention import MultiheadAttention
 from lorma.tuners.lorma.channels import ConvNd, Embedding, Linear
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.hotswap import hotswap_adapter, prepare_for_hotswap
@@ -17,6 +18,7 @@ __all__ = [
     "LormaConfig",
     "LormaLayer",
     "LormaModel",
+    "MultiheadAttention",
     "ParamWrapper",
     "hotswap_adapter",
     "prepare_for_hotswap",

@@ -100,7 +100,7 @@ class ChannelLayer(nn.Module, LormaLayer):
         return self.base_layer(x, *args, **kwargs)
 
     def _call_fused_base(self, x: Tensor, steps: list[tuple[Tensor | None, str]], *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer once for each input that some slice has; a slice's input is known by the steps that led to it."""
+        """The base layer once for each input that some slice has; an input is known by the steps that led to it."""
         cut = next(self.fused[name] for _, name in steps if name in self.fused)
         inputs: dict[tuple[tuple[int, int], ...], Tensor] = {(): x}
         paths: list[tuple[tuple[int, int], ...]] = [()] * len(cut.splits)

@@ -10,33 +10,35 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from lorma.tuners.lorma.channels import ChannelLayer, ConvNd, Embedding, Linear
+from lorma.tuners.lorma.attention import MultiheadAttention
+from lorma.tuners.lorma.channels import ConvNd, Embedding, Linear
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.fused import FusedProjection
+from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.quantized import quantization_backend
 
-KINDS = {
+KINDS: dict[type[nn.Module], type[LormaLayer]] = {
     nn.Linear: Linear,
     Conv1D: Linear,
     nn.Embedding: Embedding,
     nn.Conv1d: ConvNd,
     nn.Conv2d: ConvNd,
     nn.Conv3d: ConvNd,
+    nn.MultiheadAttention: MultiheadAttention,
 }
-MHA = (
-    "nn.MultiheadAttention hands its weights to a fused kernel without a call, and nn.TransformerEncoderLayer "
-    "reads them past it, so an adapter there would be ignored without a word"
-)
 
 
-def layer_class(target: nn.Module, name: str) -> type[ChannelLayer]:
+def layer_class(target: nn.Module, name: str) -> type[LormaLayer]:
     """The LoRMA layer for a module.
 
     Raises:
         ValueError: if there is none, with the reason.
     """
-    if isinstance(target, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)):
-        raise ValueError(f"Target module {name} ({type(target).__name__}) is not supported: {MHA}.")
+    if isinstance(target, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"Target module {name} is not supported: nn.MultiheadAttention reads this weight without calling the "
+            "module; target the attention itself"
+        )
     for kind, cls in KINDS.items():
         if isinstance(target, kind):
             if isinstance(target, nn.Embedding) and target.max_norm is not None:

@@ -13,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from lorma.tuners.adapter_file import check_fits
+from lorma.tuners.adapter_file import check_known
 from lorma.tuners.lorma import weighted
 from lorma.tuners.lorma.batches import mixed_batch
 from lorma.tuners.lorma.dispatch import check_fan_in_fan_out, fused_projection, layer_class, rank_and_alpha
@@ -90,10 +90,12 @@ class LormaModel(BaseTuner):
         common: Any = {"layer_name": current_key, "r": r, "lorma_alpha": lorma_alpha, "config": peft_config}
         if parameter_name is not None:
             if isinstance(target, nn.MultiheadAttention):
-                layer_class(target, current_key)
+                raise ValueError(
+                    f"target_parameters: {current_key} belongs to nn.MultiheadAttention; name it in target_modules"
+                )
             layer: Any = ParamWrapper(target, adapter_name, parameter_name=parameter_name, **common)
         else:
-            cls = layer_class(target, current_key)
+            cls: Any = layer_class(target, current_key)
             check_fan_in_fan_out(peft_config, target, current_key)
             fused = fused_projection(peft_config, target, current_key)
             layer = cls(target, adapter_name, fused=fused, **common, **get_quantization_kwargs(self.model))
@@ -272,19 +274,19 @@ class LormaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT, after checking that every factor in the file has a place of its shape in the model.
+        """As in PEFT, after checking that every factor in the file has a place in the model.
 
         Raises:
-            ValueError: naming the layer, the expected and the found shape. Factors that are *missing* are left to PEFT,
-                which reports them: setting a part of an adapter's state is allowed.
+            ValueError: naming the factor. Missing ones and other shapes are left to PEFT, which reports them, or puts
+                up with them if told to (``ignore_mismatched_sizes``).
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         places = {
-            f"{path}.{factors}.{adapter_name}": tuple(getattr(layer, factors)[adapter_name].shape)
+            f"{path}.{factors}.{adapter_name}"
             for path, layer in model.named_modules()
             if isinstance(layer, LormaLayer)
             for factors in layer.adapter_layer_names
             if adapter_name in getattr(layer, factors)
         }
-        check_fits(places, {k: tuple(v.shape) for k, v in remapped.items()}, LormaLayer.adapter_layer_names)
+        check_known(places, remapped, LormaLayer.adapter_layer_names)
         return remapped

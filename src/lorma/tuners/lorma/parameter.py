@@ -1,4 +1,4 @@
-"""LoRMA on a bare parameter: the stacked weights of mixture-of-experts layers, which no module calls one by one.
+"""LoRMA on bare parameters, which no module of their own applies: stacked experts, the inside of nn.MultiheadAttention.
 
 The module that holds the parameter is run with ``I(BA)·W0`` in its place, so here the weight is read and formed in
 each forward pass. The sum is rounded to the weight's dtype, as nothing else fits the module's own arithmetic: on a
@@ -17,14 +17,8 @@ from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.layer import LormaLayer
 
 
-class ParamWrapper(nn.Module, LormaLayer):
-    """LoRMA on one 2-D (out × in) or 3-D (experts × out × in) parameter of any module.
-
-    Each expert has its own multiplier. A module with ``is_transposed`` stores experts × in × out, as transformers has
-    it. Several parameters of one module are wrapped inside each other. (PEFT recognises this class by its name.)
-    """
-
-    kind = "Parameter"
+class ParameterLayer(nn.Module, LormaLayer):
+    """What layers on a bare parameter have in common: the module is run with the multiplied parameter in its place."""
 
     def __init__(
         self,
@@ -38,13 +32,60 @@ class ParamWrapper(nn.Module, LormaLayer):
         config: LormaConfig,
     ) -> None:
         super().__init__()
-        for option, value in (("lorma_dropout", config.lorma_dropout), ("use_dora", config.use_dora)):
-            if value:
-                raise ValueError(f"{option}={value!r} is not supported with target_parameters ({layer_name})")
         self.parameter_name = self.weight_name = parameter_name
         LormaLayer.__init__(self, base_layer, layer_name)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lorma_alpha, config)
+
+    def update_layer(
+        self, adapter_name: str, r: int, lorma_alpha: float, config: LormaConfig, fused: Any = None
+    ) -> None:
+        """As every layer's; see :class:`LormaLayer`.
+
+        Raises:
+            ValueError: for dropout and DoRA, which need the layer's own input and output.
+        """
+        for option, value in (("lorma_dropout", config.lorma_dropout), ("use_dora", config.use_dora)):
+            if value:
+                raise ValueError(f"{option}={value!r} is not supported on {self.kind} ({self.layer_name})")
+        super().update_layer(adapter_name, r, lorma_alpha, config)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        parameter = cast(Tensor, getattr(base_layer, self.parameter_name))
+        return parameter.device, parameter.dtype
+
+    def _refuse_mixed(self, adapter_names: list[str] | None) -> None:
+        if adapter_names is not None:
+            raise ValueError(f"{self.kind} ({self.layer_name}) does not support mixed batches (adapter_names)")
+
+    def _changed(self) -> dict[str, Tensor]:
+        """The multiplied parameter under its path in ``base_layer``; nothing if no adapter acts."""
+        active = [] if self.disable_adapters else self.waiting_adapters()
+        if not active:
+            return {}
+        path, inner = self.parameter_name, self.base_layer
+        while isinstance(inner, ParamWrapper):
+            path, inner = f"base_layer.{path}", inner.base_layer
+        return {path: multiplied(self, active)}
+
+
+def multiplied(layer: LormaLayer, active: list[str]) -> Tensor:
+    """A layer's weight with adapters multiplied on: formed in at least their precision, returned in its own dtype."""
+    stored = layer._parameter()
+    weight = stored.to(torch.promote_types(stored.dtype, layer.lorma_A[active[0]].dtype))
+    for name in active:
+        weight = weight + layer.delta_weight_of(name, weight)
+    return weight.to(stored.dtype)
+
+
+class ParamWrapper(ParameterLayer):
+    """LoRMA on one 2-D (out × in) or 3-D (experts × out × in) parameter of any module.
+
+    Each expert has its own multiplier. A module with ``is_transposed`` stores experts × in × out, as transformers has
+    it. Several parameters of one module are wrapped inside each other. (PEFT recognises this class by its name.)
+    """
+
+    kind = "target_parameters"
 
     @property
     def _transposed(self) -> bool:
@@ -72,33 +113,19 @@ class ParamWrapper(nn.Module, LormaLayer):
     def _matrices(self, weight: Tensor, side: Side) -> Tensor:
         return weight.mT if self._transposed else weight
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        parameter = cast(Tensor, getattr(base_layer, self.parameter_name))
-        return parameter.device, parameter.dtype
-
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped module with its parameter multiplied.
 
         Raises:
             ValueError: for mixed batches, which would need one weight for each row.
         """
-        if adapter_names is not None:
-            raise ValueError(f"{self.layer_name}: target_parameters does not support mixed batches (adapter_names)")
+        self._refuse_mixed(adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = self.waiting_adapters()
-        if self.disable_adapters or not active:
+        changed = self._changed()
+        if not changed:
             return self.base_layer(*args, **kwargs)
-        stored = cast(Tensor, getattr(self.get_base_layer(), self.parameter_name))
-        dtype = torch.promote_types(stored.dtype, self.lorma_A[active[0]].dtype)
-        weight = stored.to(dtype)
-        for name in active:
-            weight = weight + self.delta_weight_of(name, weight)
-        path = self.parameter_name
-        inner = self.base_layer
-        while isinstance(inner, ParamWrapper):
-            path, inner = f"base_layer.{path}", inner.base_layer
-        return torch.func.functional_call(self.base_layer, {path: weight.to(stored.dtype)}, args, kwargs)
+        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -28,6 +28,13 @@ def check_combination(peft_config: dict[str, Any], adapters: list[str], weights:
         if name not in peft_config:
             raise ValueError(f"Adapter {name} does not exist")
     first = peft_config[adapters[0]]
+    saved = [module for name in adapters for module in set(peft_config[name].modules_to_save or ())]
+    if len(saved) > len(set(saved)):
+        twice = sorted({module for module in saved if saved.count(module) > 1})
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(twice)} such instance(s): {', '.join(twice)}."
+        )
     for name in adapters:
         config = peft_config[name]
         if config.inflation != "plus":

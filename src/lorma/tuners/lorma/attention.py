@@ -1,0 +1,114 @@
+"""LoRMA on nn.MultiheadAttention, which hands its weights to a kernel instead of calling a module."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorma.functional.multiplier import Side
+from lorma.tuners.lorma.channels import Linear
+from lorma.tuners.lorma.config import LormaConfig
+from lorma.tuners.lorma.parameter import ParameterLayer, multiplied
+
+
+class MultiheadAttention(ParameterLayer):
+    """LoRMA on both weights of ``nn.MultiheadAttention``: query, key and value each on their own, and ``out_proj``.
+
+    The attention is run with the multiplied weights in place of its own. ``nn.TransformerEncoderLayer`` would read the
+    weights past this layer on its fast path; while an adapter acts, ``_qkv_same_embed_dim`` says False, which is what
+    makes it take the ordinary path.
+    """
+
+    kind = "nn.MultiheadAttention"
+    blocks = 3
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        *,
+        layer_name: str,
+        r: int,
+        lorma_alpha: float,
+        config: LormaConfig,
+        fused: Any = None,
+        **quantization_kwargs: Any,
+    ) -> None:
+        if not cast(Any, base_layer)._qkv_same_embed_dim:
+            raise ValueError(
+                f"Target module {layer_name} is not supported: only the same embed_dim, kdim and vdim are, which "
+                "nn.MultiheadAttention keeps in one weight"
+            )
+        common: Any = {"r": r, "lorma_alpha": lorma_alpha, "config": config}
+        super().__init__(base_layer, adapter_name, layer_name=layer_name, parameter_name="in_proj_weight", **common)
+        out_proj = cast(nn.Module, base_layer.out_proj)
+        base_layer.out_proj = Linear(out_proj, adapter_name, layer_name=f"{layer_name}.out_proj", **common)
+
+    def update_layer(
+        self, adapter_name: str, r: int, lorma_alpha: float, config: LormaConfig, fused: Any = None
+    ) -> None:
+        """As every layer's, for both weights."""
+        super().update_layer(adapter_name, r, lorma_alpha, config)
+        if isinstance(self._out_proj, Linear):
+            self._out_proj.update_layer(adapter_name, r, lorma_alpha, config)
+
+    @property
+    def _out_proj(self) -> Any:
+        return cast(Any, self.base_layer).out_proj
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return not (self._changed_names() or self._out_proj.waiting_adapters())
+
+    def _changed_names(self) -> list[str]:
+        return [] if self.disable_adapters else self.waiting_adapters()
+
+    def _features(self) -> tuple[int, int]:
+        width = 3 * cast(Any, self.get_base_layer()).embed_dim
+        return width, width
+
+    def _matrices(self, weight: Tensor, side: Side) -> Tensor:
+        return weight.unflatten(0, (3, -1))
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The attention with both weights multiplied.
+
+        Raises:
+            ValueError: for mixed batches, which would need one weight for each row.
+        """
+        self._refuse_mixed(adapter_names)
+        for layer in (self, self._out_proj):
+            if layer.disable_adapters and layer.merged:
+                layer.unmerge()
+        changed = self._changed()
+        active = [] if self._out_proj.disable_adapters else self._out_proj.waiting_adapters()
+        if active:
+            changed["out_proj.base_layer.weight"] = multiplied(self._out_proj, active)
+        if not changed:
+            return self.base_layer(*args, **kwargs)
+        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Called by PEFT when unloading: both weights are merged, and ``out_proj`` is unwrapped too."""
+        if merge:
+            for layer in (self, self._out_proj):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base: Any = self.base_layer
+        base.out_proj = base.out_proj.base_layer
+        return base
+
+    def __getattr__(self, name: str) -> Any:
+        """What the surrounding model asks of the attention (``batch_first``, ``num_heads``, …) is the base layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "lorma." + super().__repr__()

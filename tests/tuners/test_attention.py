@@ -1,0 +1,88 @@
+"""nn.MultiheadAttention, also where nn.TransformerEncoder would read its weights past the adapter."""
+
+import copy
+
+import pytest
+import torch
+from helpers import randomise
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+
+from lorma import LormaConfig
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2).eval()
+
+
+def attention(model, **config):
+    return get_peft_model(copy.deepcopy(model), LormaConfig(r=4, target_modules=["self_attn"], **config)).eval()
+
+
+@pytest.mark.parametrize("side", ["pre", "post"])
+@pytest.mark.parametrize("inflation", ["plus", "permutation"])
+def test_the_fast_path_does_not_pass_the_adapter_by(encoder, inflation, side, tmp_path):
+    x = torch.randn(3, 5, 16)
+    model = attention(encoder, inflation=inflation, side=side)
+    with torch.no_grad():
+        base = encoder(x)
+        assert_close(model(x), base, rtol=0, atol=1e-5)
+        randomise(model, std=0.2)
+        adapted = model(x)
+        assert (adapted - base).abs().max() > 0.1
+        with model.disable_adapter():
+            assert torch.equal(model(x), base)
+    with_gradients = model(x)
+    assert_close(with_gradients, adapted, rtol=1e-4, atol=1e-5)
+    with_gradients.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lorma_" in n)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(encoder), tmp_path).eval()(x), adapted)
+        model.merge_adapter()
+        assert_close(model(x), adapted, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(model(x), adapted)
+        merged = model.merge_and_unload()
+        assert_close(merged(x), adapted, rtol=1e-4, atol=1e-5)
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in encoder.named_parameters()}
+
+
+def test_query_key_and_value_have_a_multiplier_each(encoder):
+    layer = attention(encoder).base_model.model.layers[0].self_attn
+    assert (layer.lorma_A["default"].shape, layer.lorma_B["default"].shape) == ((4, 48), (48, 4))
+    B = layer.lorma_B["default"].data
+    B[:16] = torch.randn(16, 4)
+    weight = layer.base_layer.in_proj_weight.data
+    change = layer.get_delta_weight("default")
+    expected = layer.scaling["default"] * B[:16] @ layer.lorma_A["default"].data[:, :16] @ weight[:16]
+    assert_close(change[:16], expected)
+    assert not change[16:].any()
+
+
+def test_several_adapters_on_an_attention(encoder):
+    x = torch.randn(3, 5, 16)
+    model = attention(encoder)
+    model.add_adapter("second", LormaConfig(r=2, side="post", target_modules=["self_attn"]))
+    randomise(model, std=0.2)
+    randomise(model, "second", std=0.2, seed=5)
+    model.base_model.set_adapter(["default", "second"])
+    together = model(x)
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default", "second"])
+    assert_close(merged(x), together, rtol=1e-4, atol=1e-5)
+    model.delete_adapter("second")
+    assert not any("second" in name for name in model.state_dict())
+
+
+def test_what_an_attention_refuses(encoder):
+    for option, message in (({"use_dora": True}, "use_dora=True"), ({"lorma_dropout": 0.1}, "lorma_dropout=0.1")):
+        with pytest.raises(ValueError, match=f"{message} is not supported on nn.MultiheadAttention"):
+            attention(encoder, **option)
+    with pytest.raises(ValueError, match="only the same embed_dim, kdim and vdim are"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4)), LormaConfig(target_modules=["0"]))
+    model = attention(encoder)
+    with pytest.raises(ValueError, match="does not support mixed batches"):
+        model(torch.randn(2, 5, 16), adapter_names=["default", "__base__"])
