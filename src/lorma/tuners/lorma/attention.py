@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lorma.functional.multiplier import Side
@@ -60,10 +59,7 @@ class MultiheadAttention(ParameterLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        return not (self._changed_names() or self._out_proj.waiting_adapters())
-
-    def _changed_names(self) -> list[str]:
-        return [] if self.disable_adapters else self.waiting_adapters()
+        return self.disable_adapters or not (self.waiting_adapters() or self._out_proj.waiting_adapters())
 
     def _features(self) -> tuple[int, int]:
         width = 3 * cast(Any, self.get_base_layer()).embed_dim
@@ -82,13 +78,8 @@ class MultiheadAttention(ParameterLayer):
         for layer in (self, self._out_proj):
             if layer.disable_adapters and layer.merged:
                 layer.unmerge()
-        changed = self._changed()
-        active = [] if self._out_proj.disable_adapters else self._out_proj.waiting_adapters()
-        if active:
-            changed["out_proj.base_layer.weight"] = multiplied(self._out_proj, active)
-        if not changed:
+        with multiplied(self), multiplied(self._out_proj):
             return self.base_layer(*args, **kwargs)
-        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -7,6 +7,8 @@ base in bfloat16, updates below its precision do not act before they have grown.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -58,24 +60,32 @@ class ParameterLayer(nn.Module, LormaLayer):
         if adapter_names is not None:
             raise ValueError(f"{self.kind} ({self.layer_name}) does not support mixed batches (adapter_names)")
 
-    def _changed(self) -> dict[str, Tensor]:
-        """The multiplied parameter under its path in ``base_layer``; nothing if no adapter acts."""
-        active = [] if self.disable_adapters else self.waiting_adapters()
-        if not active:
-            return {}
-        path, inner = self.parameter_name, self.base_layer
-        while isinstance(inner, ParamWrapper):
-            path, inner = f"base_layer.{path}", inner.base_layer
-        return {path: multiplied(self, active)}
 
+@contextmanager
+def multiplied(layer: LormaLayer) -> Iterator[None]:
+    """While active, the base layer's weight reads as the adapters that act make it.
 
-def multiplied(layer: LormaLayer, active: list[str]) -> Tensor:
-    """A layer's weight with adapters multiplied on: formed in at least their precision, returned in its own dtype."""
+    It is formed in at least the adapters' precision and rounded to the weight's dtype. The tensor lies in front of the
+    parameter, as an attribute of the module itself; the parameter stays where it is, which is what FSDP and ZeRO-3
+    need, as they keep account of it.
+    """
+    active = [] if layer.disable_adapters else layer.waiting_adapters()
+    if not active:
+        yield
+        return
+    module, name = layer.get_base_layer(), layer.weight_name
     stored = layer._parameter()
     weight = stored.to(torch.promote_types(stored.dtype, layer.lorma_A[active[0]].dtype))
-    for name in active:
-        weight = weight + layer.delta_weight_of(name, weight)
-    return weight.to(stored.dtype)
+    for adapter in active:
+        weight = weight + layer.delta_weight_of(adapter, weight)
+    hidden = vars(module).get(name)
+    object.__setattr__(module, name, weight.to(stored.dtype))
+    try:
+        yield
+    finally:
+        del vars(module)[name]
+        if hidden is not None:
+            object.__setattr__(module, name, hidden)
 
 
 class ParamWrapper(ParameterLayer):
@@ -122,10 +132,8 @@ class ParamWrapper(ParameterLayer):
         self._refuse_mixed(adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        changed = self._changed()
-        if not changed:
+        with multiplied(self):
             return self.base_layer(*args, **kwargs)
-        return torch.func.functional_call(self.base_layer, changed, args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
