@@ -64,7 +64,9 @@ def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedMod
         _forget_packing(model)
         if spec.quantization:
             _quantize(model, _bitsandbytes_config(spec, auto_model))
-    _keep_layout(model)
+    if getattr(model, "is_loaded_in_4bit", False):
+        _keep_layout(model)
+        _check_layout(model)
     return model
 
 
@@ -123,6 +125,27 @@ def _keep_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def _check_layout(model: Any) -> None:
+    """Refuse layers whose 4-bit weights bitsandbytes reads back wrongly, tried out with random numbers.
+
+    Its AVX-512 kernel (0.50.2) takes wrong block scales where the inputs are a multiple of 16 but not of 64.
+    """
+    import torch
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and module.weight.device.type == "cpu" and module.in_features % 64:
+            trial = torch.randn(64, module.in_features, generator=torch.Generator().manual_seed(0))
+            back = functional.dequantize_4bit(*functional.quantize_4bit(trial, blocksize=64, quant_type="nf4"))
+            if (back - trial).norm() > 0.15 * trial.norm():
+                raise InputError(
+                    f"a base in 4 bits is not possible on this processor: {name} has {module.in_features} inputs, "
+                    "no multiple of 64, and the installed bitsandbytes reads such weights back wrongly; choose "
+                    "model.quantization=int8 or null, or a GPU"
+                )
+
+
 def _forget_packing(model: Any) -> None:
     """Make an unpacked GGUF model trainable: transformers goes on marking it as quantised, which Trainer refuses."""
     if getattr(model, "hf_quantizer", None) is None or not all(p.is_floating_point() for p in model.parameters()):
@@ -140,7 +163,8 @@ def _forget_packing(model: Any) -> None:
 def _load(auto: Any, spec: ModelSpec, kwargs: dict[str, Any]) -> Any:
     if spec.quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            f'model.quantization={spec.quantization!r} needs bitsandbytes, which is not installed: pip install "lorma[quant]"'
+            f"model.quantization={spec.quantization!r} needs bitsandbytes, which is not installed: "
+            'pip install "lorma[quant]"'
         )
     source = locate(spec)
     if source.gguf_file:

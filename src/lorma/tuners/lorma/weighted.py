@@ -33,7 +33,7 @@ def check_combination(peft_config: dict[str, Any], adapters: list[str], weights:
         twice = sorted({module for module in saved if saved.count(module) > 1})
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{len(twice)} such instance(s): {', '.join(twice)}."
+            f"{len(twice)} such instance(s). Named by more than one adapter: {', '.join(twice)}."
         )
     for name in adapters:
         config = peft_config[name]
