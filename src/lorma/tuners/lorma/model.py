@@ -233,7 +233,7 @@ class LormaModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        weighted.check_combination(self.peft_config, adapters, weights, combination_type)
+        weighted.check_combination(self.model, self.peft_config, adapters, weights, combination_type)
         layers = [layer for layer in self._layers() if any(name in layer.r for name in adapters)]
         ranks = {layer.layer_name: weighted.combined_rank(layer, adapters, combination_type) for layer in layers}
         self.peft_config[adapter_name] = weighted.combined_config(self.peft_config, adapters, ranks)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from lorma import functional
 from lorma.tuners.lorma.layer import LormaLayer
@@ -15,7 +16,9 @@ from lorma.tuners.validation import check_choice
 COMBINATIONS = ("compose", "linear")
 
 
-def check_combination(peft_config: dict[str, Any], adapters: list[str], weights: list[float], how: str) -> None:
+def check_combination(
+    model: nn.Module, peft_config: dict[str, Any], adapters: list[str], weights: list[float], how: str
+) -> None:
     """Refuse what cannot be combined, before anything is changed.
 
     Raises:
@@ -28,9 +31,9 @@ def check_combination(peft_config: dict[str, Any], adapters: list[str], weights:
         if name not in peft_config:
             raise ValueError(f"Adapter {name} does not exist")
     first = peft_config[adapters[0]]
-    saved = [module for name in adapters for module in set(peft_config[name].modules_to_save or ())]
-    if len(saved) > len(set(saved)):
-        twice = sorted({module for module in saved if saved.count(module) > 1})
+    wrappers = {path: m for path, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    twice = [path for path, m in wrappers.items() if sum(name in m.modules_to_save for name in adapters) > 1]
+    if twice:
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(twice)} such instance(s). Named by more than one adapter: {', '.join(twice)}."
