@@ -253,3 +253,19 @@ def test_mixed_models_of_peft_are_refused_by_name():
     mixed = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True), mixed=True)
     with pytest.raises((TypeError, ValueError), match="LORMA|LormaConfig"):
         mixed.add_adapter("second", LormaConfig(target_modules=["c_fc"]))
+
+
+def test_a_slice_cannot_be_multiplied_after_the_whole_on_the_other_side(gpt2):
+    ids = torch.randint(0, 60, (2, 5))
+    cut = {"c_attn": {"splits": [32, 32, 32], "adapt": [0, 2]}}
+    model = adapted(gpt2, target_modules=["c_attn"])
+    model.add_adapter("slices", LormaConfig(target_modules=["c_attn"], side="post", fused_projections=cut))
+    randomise(model, "slices", seed=5)
+    model.base_model.set_adapter(["default", "slices"])
+    with pytest.raises(
+        ValueError, match="single slices and cannot act after 'default'"
+    ):
+        model(ids)
+    model.base_model.set_adapter(["slices", "default"])
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

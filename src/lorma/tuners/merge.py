@@ -43,6 +43,8 @@ class MergeableLayer(BaseTunerLayer):
     undo: dict[str, str]
     quantized_merge: str | None = None
     """What ``merge`` does with a quantised base when the call does not say: refuse (None), or one of the choices."""
+    model_dtype: torch.dtype | None = None
+    """The dtype of the model around the layer, where it says one; full precision for ``quantized="dequantize"``."""
     reports_to: list[MergeReport] | None = None
     """A list that takes the reports of merges made by PEFT, which does not hand on what ``merge`` returns."""
 

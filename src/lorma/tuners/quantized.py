@@ -71,7 +71,10 @@ def dequantized(layer: MergeableLayer) -> Tensor:
     base = layer.get_base_layer()
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         base.state_dict()  # bitsandbytes then unpacks what it had packed for its CPU kernel, and can read it again
-    return backend.get_base_weight(base).detach()
+    read = backend.get_base_weight
+    if not isinstance(backend, TorchaoBackend):  # bitsandbytes' parameters cannot be traced by torch.compile
+        read = torch.compiler.disable(read)
+    return read(base).detach()
 
 
 def write_quantized(layer: MergeableLayer, merged: Tensor, how: str) -> float:
@@ -96,7 +99,8 @@ def write_quantized(layer: MergeableLayer, merged: Tensor, how: str) -> float:
         base: Any = layer.get_base_layer()
         d, k = merged.shape
         linear = nn.Linear(k, d, bias=base.bias is not None, device="meta")
-        written = merged.to(device=base.weight.device, dtype=read.dtype)
+        dtype = layer.model_dtype or (read if base.bias is None else base.bias).dtype
+        written = merged.to(device=base.weight.device, dtype=dtype)
         linear.weight = nn.Parameter(written, requires_grad=False)
         linear.bias = base.bias
         layer.base_layer = linear.train(base.training)

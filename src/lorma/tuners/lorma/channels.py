@@ -94,10 +94,23 @@ class ChannelLayer(nn.Module, LormaLayer):
         """The base layer on multiplied inputs."""
         steps = [(rows, name) for rows, names in routes for name in reversed(names) if self._acts_on_inputs(name)]
         if any(name in self.fused for _, name in steps):
+            self._check_fused_order(routes)
             return self._call_fused_base(x, steps, *args, **kwargs)
         for rows, name in steps:
             x = self._multiplied_input(x, rows, name, *self._parts(name)[0][1:])
         return self.base_layer(x, *args, **kwargs)
+
+    def _check_fused_order(self, routes: Routes) -> None:
+        for _, names in routes:
+            whole = None
+            for name in names:
+                if name not in self.fused and not self._acts_on_inputs(name):
+                    whole = name
+                elif name in self.fused and self._acts_on_inputs(name) and whole is not None:
+                    raise ValueError(
+                        f"on {self.layer_name}, adapter {name!r} multiplies the inputs of single slices and cannot act "
+                        f"after {whole!r}, which multiplies all outputs together; activate {name!r} first"
+                    )
 
     def _call_fused_base(self, x: Tensor, steps: list[tuple[Tensor | None, str]], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer once for each input that some slice has; an input is known by the steps that led to it."""
@@ -175,6 +188,11 @@ class ChannelLayer(nn.Module, LormaLayer):
     def _along_channels(self, vector: Tensor) -> Tensor:
         """A vector over output channels, shaped to be added to an output."""
         return vector
+
+    def train(self, mode: bool = True) -> Any:
+        """As every module's; DoRA's kept norms are dropped, so that weights written past autograd are seen."""
+        self._norms.clear()
+        return super().train(mode)
 
     def __repr__(self) -> str:
         return "lorma." + super().__repr__()

@@ -99,13 +99,14 @@ class LormaModel(BaseTuner):
             check_fan_in_fan_out(peft_config, target, current_key)
             fused = fused_projection(peft_config, target, current_key)
             layer = cls(target, adapter_name, fused=fused, **common, **get_quantization_kwargs(self.model))
+            layer.model_dtype = getattr(self.model, "dtype", None)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
-        """As in PEFT; a layer that is taken off leaves its base layer as it is, which need not have a ``weight``."""
-        if isinstance(child, LormaLayer) and not isinstance(new_module, LormaLayer):
+        """As in PEFT, but our layers need nothing done: they place their factors, and need not wrap a ``weight``."""
+        if isinstance(child, LormaLayer) or isinstance(new_module, LormaLayer):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -1,0 +1,1 @@
+"""What works on which kind of layer: feature × inflation × side × kind, observed and written to docs/support.md."""
