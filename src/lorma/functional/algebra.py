@@ -13,7 +13,6 @@ from lorma.functional.multiplier import (
     check_fits,
     check_inflation,
     check_side,
-    delta_weight,
     multiplier,
     widen,
 )
@@ -85,12 +84,17 @@ def singular_range(A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation)
     check_inflation(inflation)
     A, B = widen(A), widen(B)
     if inflation == "plus" and 2 * A.shape[-2] < n:
-        basis = torch.linalg.qr(torch.cat((B, A.mT), dim=-1)).Q
-        values = torch.linalg.svdvals(multiplier(A @ basis, basis.mT @ B, scaling, "plus"))
+        values = torch.linalg.svdvals(_restricted(A, B, scaling)[1])
         return values[..., 0].clamp_min(1), values[..., -1].clamp_max(1)
     values = torch.linalg.svdvals(multiplier(A, B, scaling, inflation))
     smallest = values[..., -1]
     return values[..., 0], torch.zeros_like(smallest) if inflation == "none" and A.shape[-2] < n else smallest
+
+
+def _restricted(A: Tensor, B: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """Orthonormal basis Q (…, n, 2r) of all that ``I + s·BA`` changes, and ``Qᵀ(I + s·BA)Q`` (…, 2r, 2r)."""
+    basis = torch.linalg.qr(torch.cat((B, A.mT), dim=-1)).Q
+    return basis, multiplier(A @ basis, basis.mT @ B, scaling, "plus")
 
 
 def inverse_delta_weight(
@@ -98,7 +102,8 @@ def inverse_delta_weight(
 ) -> Tensor:
     """What undoes a merge: ``I(BA)⁻¹·W − W`` (side ``pre``) or ``W·I(BA)⁻¹ − W`` (``post``), shape (…, d, k).
 
-    ``plus`` goes through :func:`invert_plus`, an r × r solve; ``permutation`` solves with the n × n multiplier.
+    ``plus`` solves in an orthonormal basis of what it changes (2r × 2r), ``permutation`` with the n × n multiplier.
+    Both are as well conditioned as the multiplier; ``I_r + s·AB``, which :func:`invert_plus` solves, may be far worse.
 
     Raises:
         ValueError: if the shapes do not fit or ``inflation`` is unknown, or if ``none`` has r < n (rank r: no inverse).
@@ -108,8 +113,11 @@ def inverse_delta_weight(
     check_inflation(inflation)
     check_fits(weight, n, side)
     _check_invertible(n, A, inflation)
-    if inflation == "plus":
-        return delta_weight(weight, *invert_plus(A, B, scaling), scaling, "plus", side)
+    if inflation == "plus" and 2 * A.shape[-2] < n:
+        basis, core = _restricted(A, B, scaling)
+        eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+        left, right = basis @ (torch.linalg.inv(core) - eye), basis.mT
+        return left @ (right @ weight) if side == "pre" else (weight @ left) @ right
     return torch.linalg.solve(multiplier(A, B, scaling, inflation), weight, left=side == "pre") - weight
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lorma.functional.multiplier import widen
 from lorma.tuners.originals import MergeReport, Original, rounding_error
+from lorma.tuners.placing import is_sharded
 from lorma.tuners.quantized import QuantizedOriginal, dequantized, write_quantized
 from lorma.tuners.validation import check_choice
 
@@ -69,6 +70,10 @@ class MergeableLayer(BaseTunerLayer):
     @abstractmethod
     def singular_range_of(self, adapter_name: str) -> tuple[float, float]:
         """Largest and smallest singular value of what one adapter multiplies the weight by."""
+
+    @abstractmethod
+    def arithmetic_error_of(self, adapter_name: str) -> float:
+        """Bound on the error of what one adapter multiplies by (2-norm), its products formed in float64."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging ``adapter`` alone would add to the unmerged base weight, in at least float32."""
@@ -116,7 +121,7 @@ class MergeableLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in known]
         if not names:
             return None
-        mode = self._check_undo(undo, names)
+        mode, condition = self._check_undo(undo, names)
         how = self._check_quantized(quantized or self.quantized_merge)
         current = self._current_weight()
         if self.merged and mode == "snapshot":
@@ -139,9 +144,13 @@ class MergeableLayer(BaseTunerLayer):
         else:
             error = write_quantized(self, merged, how)
         if mode == "inverse":
+            norm = start.double().norm().item()
             for name in names:
-                self._pending_error *= self.singular_range_of(name)[0]
+                largest = self.singular_range_of(name)[0]
+                self._pending_error = self._pending_error * largest + self.arithmetic_error_of(name) * norm
+                norm *= largest
             self._pending_error += rounding_error(self._parameter())
+        self._condition = condition
         self._undo = mode
         self.merged_adapters.extend(names)
         report = self._report(error)
@@ -199,7 +208,19 @@ class MergeableLayer(BaseTunerLayer):
                 f"which the active adapters act ({', '.join(active)}); merge {left_out[0]!r} first, or all of them"
             )
 
-    def _check_undo(self, undo: str | None, names: list[str]) -> str:
+    def check_merge(self, adapter_names: list[str] | None, undo: str | None, quantized: str | None) -> None:
+        """Refuse what ``merge`` would refuse, before anything is changed; see there."""
+        known = self._get_available_adapters()
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in asked if name in known and name not in self.merged_adapters]
+        if names:
+            self.check_order(adapter_names)
+            self._check_undo(undo, names)
+            self._check_quantized(quantized or self.quantized_merge)
+
+    def _check_undo(self, undo: str | None, names: list[str]) -> tuple[str, float]:
+        if is_sharded(self._parameter()):
+            raise ValueError(f"the weight of {self.layer_name} is sharded (FSDP2); merge in one process, after loading")
         if undo is None:
             undo = self._undo if self.merged else self.undo[names[0]]
         check_choice("undo", undo, UNDO_CHOICES)
@@ -213,9 +234,8 @@ class MergeableLayer(BaseTunerLayer):
                     f"undo='inverse' is not allowed for {self.layer_name}: its base is quantised, and rounding into "
                     "that format cannot be inverted; choose 'snapshot' or 'refuse'"
                 )
-            for name in names:
-                self._condition = max(self._condition, self._check_condition(name))
-        return undo
+            return undo, max([self._condition, *(self._check_condition(name) for name in names)])
+        return undo, self._condition
 
     def _check_condition(self, name: str) -> float:
         largest, smallest = self.singular_range_of(name)
@@ -248,8 +268,10 @@ class MergeableLayer(BaseTunerLayer):
         merged = self._floating_weight()
         weight = merged.double()
         for name in reversed(self.merged_adapters):
+            smallest = self.singular_range_of(name)[1]
+            inexact = self.arithmetic_error_of(name) * weight.norm().item() / smallest**2
             weight = weight + self.inverse_delta_weight_of(name, weight)
-            self._pending_error /= self.singular_range_of(name)[1]
+            self._pending_error = self._pending_error / smallest + inexact
         restored = weight.to(merged.dtype)
         self._drift += self._pending_error + rounding_error(restored)
         self._pending_error = 0.0

@@ -23,6 +23,7 @@ from lorma.functional.multiplier import Side
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.fused import FusedProjection
 from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.placing import gathered, in_place, whole
 
 Routes = list[tuple[Tensor | None, list[str]]]
 """Which rows of a batch (None: all) pass through which adapters, in their order."""
@@ -62,8 +63,12 @@ class ChannelLayer(nn.Module, LormaLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         routes = self._routes(x, adapter_names)
-        result = self._call_base(x, routes, *args, **kwargs)
-        return self._multiply_outputs(result, routes)
+        with in_place((self.lorma_A, self.lorma_B, self.lorma_magnitude_vector)):
+            if not x.is_meta:
+                self.check_factors_loaded([name for _, names in routes for name in names])
+            result = self._call_base(x, routes, *args, **kwargs)
+            with in_place((self.get_base_layer(),)):
+                return self._multiply_outputs(result, routes)
 
     def _routes(self, x: Tensor, adapter_names: list[str] | None) -> Routes:
         if adapter_names is None:
@@ -183,7 +188,7 @@ class ChannelLayer(nn.Module, LormaLayer):
 
     def _bias(self) -> Tensor | None:
         bias = getattr(self.get_base_layer(), "bias", None)
-        return None if bias is None else self._along_channels(bias)
+        return None if bias is None else self._along_channels(whole(bias))
 
     def _along_channels(self, vector: Tensor) -> Tensor:
         """A vector over output channels, shaped to be added to an output."""
@@ -286,7 +291,7 @@ class Embedding(ChannelLayer):
     def _multiplied_norms(self, adapter_name: str) -> Tensor:
         """Norms of the columns of W0·I(BA), as those of the rows of I(BA)ᵀ·W0ᵀ."""
         A, B = self.lorma_A[adapter_name], self.lorma_B[adapter_name]
-        with self._gathered():
-            weight = self.original_weight().mT
+        with gathered(self.get_base_layer()):
+            weight = whole(self.original_weight()).mT
             norms = functional.multiplied_row_norms(weight, B.mT, A.mT, self.scaling[adapter_name], "pre")
         return norms.to(A.device)

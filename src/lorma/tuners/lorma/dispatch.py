@@ -84,6 +84,19 @@ def rank_and_alpha(config: LormaConfig, name: str) -> tuple[int, float]:
     return r, config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lorma_alpha)
 
 
+def patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    """Fields of a configuration that give each layer, by its name, a rank and the scaling alpha / rank."""
+    r = max(ranks.values())
+    alpha = next(alphas[name] for name in ranks if ranks[name] == r)
+    return {
+        "r": r,
+        "lorma_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+    }
+
+
 def check_fan_in_fan_out(config: LormaConfig, target: nn.Module, name: str) -> None:
     """Warn where ``fan_in_fan_out`` says what the module is not."""
     if config.fan_in_fan_out and not isinstance(target, Conv1D):

@@ -15,8 +15,9 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
+from lorma.tuners.adapter_file import check_adapter_folder
 from lorma.tuners.lorma.config import LormaConfig
-from lorma.tuners.lorma.dispatch import rank_and_alpha
+from lorma.tuners.lorma.dispatch import patterns, rank_and_alpha
 from lorma.tuners.lorma.layer import LormaLayer
 
 SAME = ("inflation", "side", "use_dora", "fused_projections", "target_parameters", "lorma_dropout")
@@ -24,8 +25,6 @@ SAME = ("inflation", "side", "use_dora", "fused_projections", "target_parameters
 
 def prepare_for_hotswap(model: nn.Module, target_rank: int | None = None) -> None:
     """Make the adapters of a model exchangeable under ``torch.compile``. Call it before compiling.
-
-    A padded model is for inference: its configuration still says the rank of the file, so it cannot be saved again.
 
     Args:
         model: a ``PeftModel`` (or any model) with LoRMA adapters.
@@ -35,9 +34,9 @@ def prepare_for_hotswap(model: nn.Module, target_rank: int | None = None) -> Non
     Raises:
         ValueError: if the model is compiled already, has no LoRMA layer, or an adapter has a higher rank.
     """
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise ValueError("call prepare_for_hotswap before torch.compile, not after")
-    layers = [module for module in model.modules() if isinstance(module, LormaLayer)]
+    layers: list[LormaLayer] = [module for module in model.modules() if isinstance(module, LormaLayer)]
     if not layers:
         raise ValueError("the model has no LoRMA layers; load the first adapter before prepare_for_hotswap")
     if target_rank is not None:
@@ -55,6 +54,8 @@ def prepare_for_hotswap(model: nn.Module, target_rank: int | None = None) -> Non
                 layer.lorma_A[name] = nn.Parameter(_padded(A.data, (target_rank, A.shape[1])), A.requires_grad)
                 layer.lorma_B[name] = nn.Parameter(_padded(B.data, (B.shape[0], target_rank)), B.requires_grad)
                 layer.r[name] = target_rank
+    for name in {name for layer in layers for name in layer.lorma_A}:
+        _note_ranks(model, name, layers)
 
 
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> None:
@@ -76,6 +77,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     config = PeftConfig.from_pretrained(str(path), **kwargs)
     if not isinstance(config, LormaConfig):
         raise ValueError(f"{path} holds a {config.peft_type} adapter; only LoRMA adapters can be swapped in here")
+    check_adapter_folder(Path(path, kwargs.get("subfolder") or ""))
     if adapter_name not in inner.peft_config:
         raise ValueError(f"Adapter {adapter_name} does not exist; there are {', '.join(inner.peft_config)}")
     for key in SAME:
@@ -105,6 +107,17 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     for layer in layers:
         r, alpha = rank_and_alpha(config, layer.layer_name)
         layer.set_scaling(adapter_name, config.scaling(r, alpha))
+    _note_ranks(inner, adapter_name, layers)
+
+
+def _note_ranks(model: Any, adapter_name: str, layers: list[LormaLayer]) -> None:
+    """Make the configuration say the ranks and scalings that the layers have, so that the adapter can be saved."""
+    configs = getattr(model, "peft_config", {})
+    if adapter_name in configs:
+        mine = [layer for layer in layers if adapter_name in layer.lorma_A]
+        ranks = {layer.layer_name: layer.r[adapter_name] for layer in mine}
+        alphas = {layer.layer_name: float(layer.scaling[adapter_name]) * layer.r[adapter_name] for layer in mine}
+        vars(configs[adapter_name]).update(patterns(ranks, alphas))
 
 
 def _fitting(key: str, old: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

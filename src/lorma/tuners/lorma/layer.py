@@ -11,23 +11,22 @@ computed in their dtype and the sum returned in the base layer's output dtype.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from lorma import functional
-from lorma.functional.multiplier import Inflation, Scaling, Side, widen
+from lorma.functional.multiplier import Inflation, Scaling, Side
 from lorma.tuners.lorma.config import LormaConfig
+from lorma.tuners.lorma.dora import MagnitudeLayer
 from lorma.tuners.lorma.fused import FusedProjection
-from lorma.tuners.merge import MergeableLayer
+from lorma.tuners.placing import execution_device
 from lorma.tuners.quantized import quantization_backend
 
 
-class LormaLayer(MergeableLayer):
+class LormaLayer(MagnitudeLayer):
     """Base of all LoRMA layers.
 
     Attributes, each keyed by adapter name: ``lorma_A`` (r × N), ``lorma_B`` (N × r), ``r``, ``lorma_alpha``,
@@ -139,7 +138,8 @@ class LormaLayer(MergeableLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter to the base layer's device. Its dtype stays: rounding is not a matter of place."""
-        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        base = self.get_base_layer()
+        target = execution_device(base, device or self._get_base_layer_device_and_dtype(base)[0])
         for name in self.adapter_layer_names:
             held = getattr(self, name)
             if target is not None and adapter_name in held and not held[adapter_name].is_meta:
@@ -224,62 +224,25 @@ class LormaLayer(MergeableLayer):
         ranges = [functional.singular_range(A, B, s, inflation) for _, A, B in self._parts(adapter_name, torch.float64)]
         return max(high.max().item() for high, _ in ranges), min(low.min().item() for _, low in ranges)
 
-    # DoRA: rows of the multiplied weight are rescaled to a trained magnitude
+    def arithmetic_error_of(self, adapter_name: str) -> float:
+        """Bound on the error (2-norm) of an adapter's multiplier when its products are formed in float64."""
+        unit, s = torch.finfo(torch.float64).eps, float(self.scaling[adapter_name])
+        parts = self._parts(adapter_name, torch.float64)
+        size = max((A.flatten(-2).norm(dim=-1) * B.flatten(-2).norm(dim=-1)).max().item() for _, A, B in parts)
+        return 4 * unit * parts[0][1].shape[-1] * (1 + s * size)
 
-    def _start_magnitude(self, adapter_name: str) -> None:
-        A = self.lorma_A[adapter_name]
-        if A.is_meta:
-            start = torch.empty(self._magnitude_size(), dtype=A.dtype, device=A.device)
-        else:
-            start = self._multiplied_norms(adapter_name).to(A.dtype)
-        self.lorma_magnitude_vector[adapter_name] = nn.Parameter(start)
-        self._norms.pop(adapter_name, None)
+    def check_factors_loaded(self, names: list[str]) -> None:
+        """Refuse factors without memory (meta), with which PyTorch would compute from whatever lies around.
 
-    def _magnitude_size(self) -> int:
-        return self.out_features
-
-    def _along_rows(self, vector: Tensor, weight: Tensor) -> Tensor:
-        """``vector`` (one number a row of the matrix) shaped to multiply the stored ``weight``."""
-        return vector.reshape(-1, *(1,) * (weight.ndim - 1))
-
-    @torch.no_grad()
-    def _multiplied_norms(self, adapter_name: str) -> Tensor:
-        """Norms of the rows of W0 multiplied by this adapter alone; see :func:`functional.multiplied_row_norms`."""
-        side = self.side[adapter_name]
-        with self._gathered():
-            matrices = self._matrices(self.original_weight(), side)
-            ((_, A, B),) = self._parts(adapter_name)
-            A, B = (widen(t).to(matrices.device) for t in (A, B))
-            A, B = (t.reshape(t.shape[:-2] + (1,) * (matrices.ndim - t.ndim) + t.shape[-2:]) for t in (A, B))
-            norms = functional.multiplied_row_norms(matrices, A, B, self.scaling[adapter_name], side)
-        return self._join_norms(norms).to(self.lorma_A[adapter_name].device)
-
-    def _gathered(self) -> AbstractContextManager[None]:
-        """Under ZeRO-3, gathers what of the base layer is partitioned and not gathered already by a running forward."""
-        parameters = self.get_base_layer().parameters()
-        return gather_params_ctx([p for p in parameters if hasattr(p, "ds_shape") and p.shape != p.ds_shape])
-
-    def _join_norms(self, norms: Tensor) -> Tensor:
-        return norms
-
-    def magnitude_factor(self, adapter_name: str) -> Tensor:
-        """DoRA's factor of every output: magnitude / ‖row of the multiplied weight‖, the norm not differentiated.
-
-        The norms are kept between forward passes in evaluation mode without gradients.
+        Raises:
+            RuntimeError: naming the adapter.
         """
-        magnitude = self.lorma_magnitude_vector[adapter_name]
-        keep = not (torch.is_grad_enabled() or cast(Any, self).training or torch.compiler.is_compiling())
-        held = (self.get_base_layer().weight, self.lorma_A[adapter_name], self.lorma_B[adapter_name])
-        key = [(id(tensor), tensor._version) for tensor in held] if keep else None
-        if keep and adapter_name in self._norms and self._norms_key.get(adapter_name) == key:
-            norms = self._norms[adapter_name]
-        else:
-            norms = self._multiplied_norms(adapter_name)
-            if keep:
-                self._norms[adapter_name], self._norms_key[adapter_name] = norms, key
-            else:
-                self._norms.pop(adapter_name, None)
-        return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny).to(magnitude.dtype)
+        for name in names:
+            if self.lorma_A[name].is_meta:
+                raise RuntimeError(
+                    f"adapter {name!r} of {self.layer_name} has no weights yet (low_cpu_mem_usage=True makes it on the "
+                    "meta device); load them before the forward pass"
+                )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """``get_delta_weight`` is the additive residual ``I(BA)·W0 − W0``, which PEFT's converter factorises."""

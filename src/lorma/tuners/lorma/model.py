@@ -144,7 +144,8 @@ class LormaModel(BaseTuner):
         """
         self._check_merge_allowed()
         for layer in self._layers():
-            layer.check_order(adapter_names)
+            with onload_layer(layer):
+                layer.check_merge(adapter_names, undo, quantized)
         if safe_merge:
             self._check_finite(adapter_names)
         reports: list[MergeReport] = []
@@ -281,6 +282,11 @@ class LormaModel(BaseTuner):
             ValueError: naming the factor. Missing ones and other shapes are left to PEFT, which reports them, or puts
                 up with them if told to (``ignore_mismatched_sizes``).
         """
+        if "disk" in getattr(model, "hf_device_map", {}).values():
+            raise ValueError(
+                "the base model lies partly on disk, where PEFT can add LoRA weights only; load it without disk "
+                "offload, add the adapter, then call accelerate's dispatch_model"
+            )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         places = {
             f"{path}.{factors}.{adapter_name}"

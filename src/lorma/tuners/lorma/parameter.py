@@ -73,6 +73,7 @@ def multiplied(layer: LormaLayer) -> Iterator[None]:
     if not active:
         yield
         return
+    layer.check_factors_loaded(active)
     module, name = layer.get_base_layer(), layer.weight_name
     stored = layer._parameter()
     weight = stored.to(torch.promote_types(stored.dtype, layer.lorma_A[active[0]].dtype))

@@ -10,6 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lorma import functional
+from lorma.tuners.lorma.dispatch import patterns
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.validation import check_choice
 
@@ -64,15 +65,8 @@ def combined_config(peft_config: dict[str, Any], adapters: list[str], ranks: dic
         together: Any = "|".join(f"({target})" for target in dict.fromkeys(targets))
     else:
         together = set().union(*(target or () for target in targets))
-    r = max(ranks.values())
     return replace(
-        configs[0],
-        r=r,
-        lorma_alpha=r,
-        use_rslora=False,
-        target_modules=together,
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        configs[0], target_modules=together, **patterns(ranks, {name: float(r) for name, r in ranks.items()})
     )
 
 

@@ -1,0 +1,90 @@
+"""DoRMA: rows of the multiplied weight rescaled to a trained magnitude (DoRA, arXiv 2402.09353, on LoRMA₊)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorma import functional
+from lorma.functional.multiplier import Scaling, Side, widen
+from lorma.tuners.merge import MergeableLayer
+from lorma.tuners.placing import gathered, whole
+
+
+class MagnitudeLayer(MergeableLayer):
+    """What a layer needs for ``use_dora``: the magnitudes, the norms they are divided by, and keeping the norms."""
+
+    lorma_A: nn.ParameterDict
+    lorma_B: nn.ParameterDict
+    lorma_magnitude_vector: nn.ParameterDict
+    side: dict[str, Side]
+    scaling: dict[str, Scaling]
+    out_features: int
+    _norms: dict[str, Tensor]
+    _norms_key: dict[str, Any]
+
+    @abstractmethod
+    def _matrices(self, weight: Tensor, side: Side) -> Tensor:
+        """``weight`` as a view of shape (…, d, k) whose multiplied side is ``side``."""
+
+    @abstractmethod
+    def _parts(self, adapter_name: str, dtype: torch.dtype | None = None) -> list[tuple[slice, Tensor, Tensor]]:
+        """The multipliers of an adapter: which rows of the weight each acts on, its A and its B."""
+
+    def _start_magnitude(self, adapter_name: str) -> None:
+        A = self.lorma_A[adapter_name]
+        if A.is_meta:
+            start = torch.empty(self._magnitude_size(), dtype=A.dtype, device=A.device)
+        else:
+            start = self._multiplied_norms(adapter_name).to(A.dtype)
+        self.lorma_magnitude_vector[adapter_name] = nn.Parameter(start)
+        self._norms.pop(adapter_name, None)
+
+    def _magnitude_size(self) -> int:
+        return self.out_features
+
+    def _along_rows(self, vector: Tensor, weight: Tensor) -> Tensor:
+        """``vector`` (one number a row of the matrix) shaped to multiply the stored ``weight``."""
+        return vector.reshape(-1, *(1,) * (weight.ndim - 1))
+
+    @torch.no_grad()
+    def _multiplied_norms(self, adapter_name: str) -> Tensor:
+        """Norms of the rows of W0 multiplied by this adapter alone; see :func:`functional.multiplied_row_norms`."""
+        side = self.side[adapter_name]
+        with gathered(self.get_base_layer()):
+            matrices = self._matrices(whole(self.original_weight()), side)
+            ((_, A, B),) = self._parts(adapter_name)
+            A, B = (widen(t).to(matrices.device) for t in (A, B))
+            A, B = (t.reshape(t.shape[:-2] + (1,) * (matrices.ndim - t.ndim) + t.shape[-2:]) for t in (A, B))
+            norms = functional.multiplied_row_norms(matrices, A, B, self.scaling[adapter_name], side)
+        return self._join_norms(norms).to(self.lorma_A[adapter_name].device)
+
+    def _join_norms(self, norms: Tensor) -> Tensor:
+        return norms
+
+    def magnitude_factor(self, adapter_name: str) -> Tensor:
+        """DoRA's factor of every output: magnitude / ‖row of the multiplied weight‖, the norm not differentiated.
+
+        The norms are kept between forward passes in evaluation mode without gradients.
+        """
+        magnitude = self.lorma_magnitude_vector[adapter_name]
+        if torch.compiler.is_compiling():
+            return self._factor(magnitude, self._multiplied_norms(adapter_name))
+        keep = not (torch.is_grad_enabled() or cast(Any, self).training)
+        held = (self.get_base_layer().weight, self.lorma_A[adapter_name], self.lorma_B[adapter_name])
+        key = [(id(tensor), tensor._version) for tensor in held] if keep else None
+        if keep and adapter_name in self._norms and self._norms_key.get(adapter_name) == key:
+            norms = self._norms[adapter_name]
+        else:
+            norms = self._multiplied_norms(adapter_name)
+            if keep:
+                self._norms[adapter_name], self._norms_key[adapter_name] = norms, key
+            else:
+                self._norms.pop(adapter_name, None)
+        return self._factor(magnitude, norms)
+
+    def _factor(self, magnitude: Tensor, norms: Tensor) -> Tensor:
+        return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny).to(magnitude.dtype)
