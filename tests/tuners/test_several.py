@@ -262,9 +262,7 @@ def test_a_slice_cannot_be_multiplied_after_the_whole_on_the_other_side(gpt2):
     model.add_adapter("slices", LormaConfig(target_modules=["c_attn"], side="post", fused_projections=cut))
     randomise(model, "slices", seed=5)
     model.base_model.set_adapter(["default", "slices"])
-    with pytest.raises(
-        ValueError, match="single slices and cannot act after 'default'"
-    ):
+    with pytest.raises(ValueError, match="single slices and cannot act after 'default'"):
         model(ids)
     model.base_model.set_adapter(["slices", "default"])
     merged = copy.deepcopy(model).merge_and_unload()
