@@ -113,6 +113,7 @@ def full_precision(dtype):
 
 def bnb_4bit(dtype):
     layer = bitsandbytes.nn.Linear4bit(*QUANTISED_SIZE[::-1], quant_type="nf4", compute_dtype=dtype)
+    layer.support_avx512bf16_for_cpu = False  # as adapted layers have it: no repacking in evaluation
     return _bnb(layer, dtype)
 
 

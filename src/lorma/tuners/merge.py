@@ -118,7 +118,7 @@ class MergeableLayer(BaseTunerLayer):
                 merged already; with ``undo="inverse"`` if a multiplier is singular or its condition number is too high.
         """
         known = self._get_available_adapters()
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in known]
+        names = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in known]
         if not names:
             return None
         mode, condition = self._check_undo(undo, names)
@@ -191,30 +191,31 @@ class MergeableLayer(BaseTunerLayer):
             return []
         return [name for name in active if name not in self.merged_adapters]
 
-    def check_order(self, adapter_names: list[str] | None) -> None:
-        """Refuse a merge after which the active adapters would act in another order.
-
-        Raises:
-            ValueError: if an adapter that is left out acts before one that is merged.
-        """
+    def check_order(self, names: list[str]) -> None:
+        """Refuse a merge of ``names`` after which the active adapters would act in another order (``ValueError``)."""
         known = self._get_available_adapters()
         active = [name for name in self.active_adapters if name in known]
-        names = active if adapter_names is None else adapter_names
-        left_out = [name for name in active if name not in names and name not in self.merged_adapters]
-        overtaken = [name for name in names if left_out and name in active[active.index(left_out[0]) :]]
-        if overtaken:
+        together = [*self.merged_adapters, *names]
+        after = [n for n in together if n in active] + [n for n in active if n not in together]
+        if after != active and any(name in names for name in active):
             raise ValueError(
-                f"merging {overtaken[0]!r} but not {left_out[0]!r} into {self.layer_name} would change the order in "
-                f"which the active adapters act ({', '.join(active)}); merge {left_out[0]!r} first, or all of them"
+                f"merging {', '.join(names)} into {self.layer_name} would change the order in which adapters act from "
+                f"{', '.join(active)} to {', '.join(after)}; merge them in their order"
             )
 
-    def check_merge(self, adapter_names: list[str] | None, undo: str | None, quantized: str | None) -> None:
-        """Refuse what ``merge`` would refuse, before anything is changed; see there."""
+    def check_merge(
+        self, adapter_names: list[str] | None, undo: str | None, quantized: str | None, *, unload: bool = False
+    ) -> None:
+        """Refuse what ``merge`` would refuse, before anything is changed; see there.
+
+        Unless the layer is about to be unloaded, also refuse an order in which the active adapters do not act.
+        """
         known = self._get_available_adapters()
         asked = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in asked if name in known and name not in self.merged_adapters]
+        names = [name for name in dict.fromkeys(asked) if name in known and name not in self.merged_adapters]
         if names:
-            self.check_order(adapter_names)
+            if not unload:
+                self.check_order(names)
             self._check_undo(undo, names)
             self._check_quantized(quantized or self.quantized_merge)
 
@@ -248,6 +249,7 @@ class MergeableLayer(BaseTunerLayer):
         return condition
 
     def _check_quantized(self, how: str | None) -> str | None:
+        check_choice("quantized", how or QUANTIZED_CHOICES[0], QUANTIZED_CHOICES)
         if self.quantization_backend is None:
             return None
         if how is None:
@@ -256,7 +258,6 @@ class MergeableLayer(BaseTunerLayer):
                 "rounds the merged weight into the same format and reports the error, quantized='dequantize' replaces "
                 "the layer by one in full precision"
             )
-        check_choice("quantized", how, QUANTIZED_CHOICES)
         return how
 
     def _report(self, requantization_error: float | None = None) -> MergeReport:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lorma.tuners.quantized import QuantizedOriginal
 
 if TYPE_CHECKING:
     from lorma.tuners.merge import MergeableLayer
@@ -34,6 +37,7 @@ class Original:
 
     def __init__(self, layer: MergeableLayer) -> None:
         self.parameter = layer._parameter()
+        self.module: nn.Module = layer.get_base_layer()
 
     def read(self, layer: MergeableLayer) -> Tensor:
         """The original weight; ``layer`` is left as it is."""
@@ -44,6 +48,21 @@ class Original:
         now = layer._parameter()
         self.parameter.data = self.parameter.data.to(device=now.device, dtype=now.dtype)
         setattr(layer.get_base_layer(), layer.weight_name, self.parameter)
+
+
+def remember(layer: MergeableLayer) -> Callable[[], None]:
+    """Note everything that a merge changes; calling the result puts it back, whatever has happened since."""
+    fields = ("_original", "_undo", "_condition", "_pending_error", "_drift")
+    state = {name: getattr(layer, name) for name in fields}
+    merged = list(layer.merged_adapters)
+    held = Original(layer) if layer.quantization_backend is None else QuantizedOriginal(layer)
+
+    def put_back() -> None:
+        held.restore(layer)
+        vars(layer).update(state)
+        layer.merged_adapters[:] = merged
+
+    return put_back
 
 
 def rounding_error(rounded: Tensor) -> float:

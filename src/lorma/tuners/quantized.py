@@ -34,6 +34,9 @@ def quantization_backend(base_layer: nn.Module, **kwargs: Any) -> QuantizationBa
         base_layer: the layer to look at.
         **kwargs: what PEFT's ``get_quantization_kwargs`` finds out about the model.
     """
+    if hasattr(base_layer, "support_avx512bf16_for_cpu"):
+        # bitsandbytes would repack a 4-bit weight in evaluation: other numbers, and no gradient from then on.
+        base_layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     weight = getattr(base_layer, "weight", None)
     if type(weight).__module__.startswith("torchao.") and not kwargs.get("get_apply_tensor_subclass"):
         return UnknownTorchaoBackend()
@@ -70,7 +73,10 @@ def dequantized(layer: MergeableLayer) -> Tensor:
         )
     base = layer.get_base_layer()
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
-        base.state_dict()  # bitsandbytes then unpacks what it had packed for its CPU kernel, and can read it again
+        raise ValueError(
+            f"bitsandbytes has repacked the 4-bit weight of {layer.layer_name} for its CPU kernel and cannot read it "
+            "back; add the adapter before the model is first evaluated, or load the model again"
+        )
     read = backend.get_base_weight
     if not isinstance(backend, TorchaoBackend):  # bitsandbytes' parameters cannot be traced by torch.compile
         read = torch.compiler.disable(read)
@@ -137,6 +143,7 @@ class QuantizedOriginal:
         """Put everything back into ``layer``."""
         layer.base_layer = self.module
         layer.quantization_backend = self.backend
+        self.module.train(getattr(layer, "training", False))
         self.module.weight = self.parameter
         vars(self.parameter).update(self.attributes)
         if self.state is not None:

@@ -80,4 +80,5 @@ def check_pattern(name: str, value: Any, check: Any) -> None:
     for key, entry in value.items():
         if not isinstance(key, str):
             raise TypeError(f"{name} has the key {key!r}; keys must be module names or regular expressions")
+        check_regex(f"key of {name}", key)
         check(f"{name}[{key!r}]", entry)

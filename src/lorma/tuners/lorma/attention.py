@@ -15,9 +15,7 @@ from lorma.tuners.lorma.parameter import ParameterLayer, multiplied
 class MultiheadAttention(ParameterLayer):
     """LoRMA on both weights of ``nn.MultiheadAttention``: query, key and value each on their own, and ``out_proj``.
 
-    The attention is run with the multiplied weights in place of its own. ``nn.TransformerEncoderLayer`` would read the
-    weights past this layer on its fast path; while an adapter acts, ``_qkv_same_embed_dim`` says False, which is what
-    makes it take the ordinary path.
+    The attention is run with the multiplied weights in place of its own.
     """
 
     kind = "nn.MultiheadAttention"
@@ -43,7 +41,9 @@ class MultiheadAttention(ParameterLayer):
         common: Any = {"r": r, "lorma_alpha": lorma_alpha, "config": config}
         super().__init__(base_layer, adapter_name, layer_name=layer_name, parameter_name="in_proj_weight", **common)
         out_proj = cast(nn.Module, base_layer.out_proj)
-        base_layer.out_proj = Linear(out_proj, adapter_name, layer_name=f"{layer_name}.out_proj", **common)
+        inner = Linear(out_proj, adapter_name, layer_name=f"{layer_name}.out_proj", **common)
+        inner.pattern_name = layer_name
+        base_layer.out_proj = inner
 
     def update_layer(
         self, adapter_name: str, r: int, lorma_alpha: float, config: LormaConfig, fused: Any = None
@@ -56,10 +56,6 @@ class MultiheadAttention(ParameterLayer):
     @property
     def _out_proj(self) -> Any:
         return cast(Any, self.base_layer).out_proj
-
-    @property
-    def _qkv_same_embed_dim(self) -> bool:
-        return self.disable_adapters or not (self.waiting_adapters() or self._out_proj.waiting_adapters())
 
     def _features(self) -> tuple[int, int]:
         width = 3 * cast(Any, self.get_base_layer()).embed_dim

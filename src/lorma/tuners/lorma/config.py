@@ -140,6 +140,7 @@ class LormaConfig(PeftConfig):
         if not isinstance(fused, dict):
             raise TypeError(f"fused_projections={fused!r} must be a dict from module names to how they are cut")
         for name, value in fused.items():
+            check.check_regex("key of fused_projections", name)
             FusedProjection.parse(name, value)
         if fused and self.use_dora:
             raise ValueError("use_dora=True is not supported with fused_projections")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -85,15 +86,17 @@ def rank_and_alpha(config: LormaConfig, name: str) -> tuple[int, float]:
 
 
 def patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
-    """Fields of a configuration that give each layer, by its name, a rank and the scaling alpha / rank."""
-    r = max(ranks.values())
-    alpha = next(alphas[name] for name in ranks if ranks[name] == r)
+    """Fields of a configuration that give each layer, by its name, a rank and the scaling alpha / rank.
+
+    Where layers differ all are named, the longest name first: a name also matches where another ends in it.
+    """
+    longest_first = sorted(ranks, key=len, reverse=True)
     return {
-        "r": r,
-        "lorma_alpha": alpha,
+        "r": max(ranks.values()),
+        "lorma_alpha": max(alphas.values()),
         "use_rslora": False,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {re.escape(n): ranks[n] for n in longest_first} if len(set(ranks.values())) > 1 else {},
+        "alpha_pattern": {re.escape(n): alphas[n] for n in longest_first} if len(set(alphas.values())) > 1 else {},
     }
 
 

@@ -34,6 +34,17 @@ class MagnitudeLayer(MergeableLayer):
     def _parts(self, adapter_name: str, dtype: torch.dtype | None = None) -> list[tuple[slice, Tensor, Tensor]]:
         """The multipliers of an adapter: which rows of the weight each acts on, its A and its B."""
 
+    def _check_undo(self, undo: str | None, names: list[str]) -> tuple[str, float]:
+        mode, condition = super()._check_undo(undo, names)
+        left_out = [n for n in self.lorma_magnitude_vector if n in self.active_adapters and n not in names]
+        left_out = [name for name in left_out if name not in self.merged_adapters]
+        if mode != "snapshot" and self.reports_to is None and left_out:
+            raise ValueError(
+                f"undo={mode!r} is not allowed while the DoRA adapter {left_out[0]!r} of {self.layer_name} acts "
+                "unmerged: it needs the norms of the original weight; choose 'snapshot'"
+            )
+        return mode, condition
+
     def _start_magnitude(self, adapter_name: str) -> None:
         A = self.lorma_A[adapter_name]
         if A.is_meta:
@@ -87,4 +98,5 @@ class MagnitudeLayer(MergeableLayer):
         return self._factor(magnitude, norms)
 
     def _factor(self, magnitude: Tensor, norms: Tensor) -> Tensor:
-        return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny).to(magnitude.dtype)
+        factor = magnitude.to(norms.dtype) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return factor.to(magnitude.dtype)

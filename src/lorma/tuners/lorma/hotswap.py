@@ -19,6 +19,7 @@ from lorma.tuners.adapter_file import check_adapter_folder
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.dispatch import patterns, rank_and_alpha
 from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.validation import check_rank
 
 SAME = ("inflation", "side", "use_dora", "fused_projections", "target_parameters", "lorma_dropout")
 
@@ -40,6 +41,7 @@ def prepare_for_hotswap(model: nn.Module, target_rank: int | None = None) -> Non
     if not layers:
         raise ValueError("the model has no LoRMA layers; load the first adapter before prepare_for_hotswap")
     if target_rank is not None:
+        check_rank("target_rank", target_rank)
         for layer in layers:
             for name, r in layer.r.items():
                 if r > target_rank:
@@ -105,7 +107,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         for old, new in swaps:
             old.data.copy_(new)
     for layer in layers:
-        r, alpha = rank_and_alpha(config, layer.layer_name)
+        r, alpha = rank_and_alpha(config, layer.pattern_name)
         layer.set_scaling(adapter_name, config.scaling(r, alpha))
     _note_ranks(inner, adapter_name, layers)
 
@@ -115,8 +117,8 @@ def _note_ranks(model: Any, adapter_name: str, layers: list[LormaLayer]) -> None
     configs = getattr(model, "peft_config", {})
     if adapter_name in configs:
         mine = [layer for layer in layers if adapter_name in layer.lorma_A]
-        ranks = {layer.layer_name: layer.r[adapter_name] for layer in mine}
-        alphas = {layer.layer_name: float(layer.scaling[adapter_name]) * layer.r[adapter_name] for layer in mine}
+        ranks = {layer.pattern_name: layer.r[adapter_name] for layer in mine}
+        alphas = {layer.pattern_name: float(layer.scaling[adapter_name]) * layer.r[adapter_name] for layer in mine}
         vars(configs[adapter_name]).update(patterns(ranks, alphas))
 
 

@@ -35,7 +35,18 @@ class LormaLayer(MagnitudeLayer):
     """
 
     adapter_layer_names = ("lorma_A", "lorma_B", "lorma_magnitude_vector")
-    other_param_names = ("r", "lorma_alpha", "scaling", "lorma_dropout", "inflation", "side", "undo", "fused")
+    other_param_names = (
+        "r",
+        "lorma_alpha",
+        "scaling",
+        "lorma_dropout",
+        "inflation",
+        "side",
+        "undo",
+        "fused",
+        "_norms",
+        "_norms_key",
+    )
     kind = "layer"
     sides: tuple[Side, ...] = ("pre", "post")
     """Sides that can be multiplied, the one taken for ``"pre"`` where there is no choice first."""
@@ -44,7 +55,7 @@ class LormaLayer(MagnitudeLayer):
 
     def __init__(self, base_layer: nn.Module, layer_name: str, **quantization_kwargs: Any) -> None:
         self.base_layer = base_layer
-        self.layer_name = layer_name
+        self.layer_name = self.pattern_name = layer_name
         self.r: dict[str, int] = {}
         self.lorma_alpha: dict[str, float] = {}
         self.scaling: dict[str, Scaling] = {}

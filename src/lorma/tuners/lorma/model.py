@@ -19,7 +19,7 @@ from lorma.tuners.lorma.batches import mixed_batch
 from lorma.tuners.lorma.dispatch import check_fan_in_fan_out, fused_projection, layer_class, rank_and_alpha
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.parameter import ParamWrapper
-from lorma.tuners.originals import MergeReport
+from lorma.tuners.originals import MergeReport, remember
 from lorma.tuners.quantized import tell_requantization
 from lorma.tuners.targets import closest_modules
 
@@ -100,6 +100,8 @@ class LormaModel(BaseTuner):
             fused = fused_projection(peft_config, target, current_key)
             layer = cls(target, adapter_name, fused=fused, **common, **get_quantization_kwargs(self.model))
             layer.model_dtype = getattr(self.model, "dtype", None)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # the ordinary path; the fast one would read weights past our layers
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -143,27 +145,26 @@ class LormaModel(BaseTuner):
             ValueError: as ``merge`` does; or if an active adapter that is left out acts before one that is merged.
         """
         self._check_merge_allowed()
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"adapter_names={adapter_names}: there is no adapter {', '.join(unknown)}")
         for layer in self._layers():
             with onload_layer(layer):
                 layer.check_merge(adapter_names, undo, quantized)
         if safe_merge:
             self._check_finite(adapter_names)
         reports: list[MergeReport] = []
-        done: list[tuple[LormaLayer, list[str]]] = []
+        undone = []
         try:
             for layer in self._layers():
-                before = list(layer.merged_adapters)
+                undone.append(remember(layer))
                 with onload_layer(layer):
                     report = layer.merge(safe_merge, adapter_names, undo=undo, quantized=quantized)
                 if report is not None:
-                    done.append((layer, before))
                     reports.append(report)
         except Exception:
-            for layer, before in reversed(done):
-                if layer._undo != "refuse":
-                    layer.unmerge()
-                    if before:
-                        layer.merge(adapter_names=before, quantized=quantized)
+            for put_back in reversed(undone):
+                put_back()
             raise
         tell_requantization({r.layer: r.requantization_error for r in reports})
         return reports
@@ -205,7 +206,8 @@ class LormaModel(BaseTuner):
         reports: list[MergeReport] = []
         if merge:
             for layer in self._layers():
-                layer._check_quantized(layer.quantized_merge)
+                layer.undo = dict.fromkeys(layer.undo, layer._undo if layer.merged else "refuse")
+                layer.check_merge(adapter_names, None, None, unload=True)
                 layer.reports_to = reports
             if safe_merge:
                 self._check_finite(adapter_names)
@@ -237,8 +239,7 @@ class LormaModel(BaseTuner):
             return
         weighted.check_combination(self.model, self.peft_config, adapters, weights, combination_type)
         layers = [layer for layer in self._layers() if any(name in layer.r for name in adapters)]
-        ranks = {layer.layer_name: weighted.combined_rank(layer, adapters, combination_type) for layer in layers}
-        self.peft_config[adapter_name] = weighted.combined_config(self.peft_config, adapters, ranks)
+        self.peft_config[adapter_name] = weighted.combined_config(self.peft_config, adapters, layers, combination_type)
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
             weighted.fill(layer, adapter_name, adapters, weights, combination_type)

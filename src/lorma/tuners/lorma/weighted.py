@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from lorma import functional
 from lorma.tuners.lorma.dispatch import patterns
 from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.lorma.parameter import ParamWrapper
 from lorma.tuners.validation import check_choice
 
 COMBINATIONS = ("compose", "linear")
@@ -28,6 +31,9 @@ def check_combination(
     check_choice("combination_type", how, COMBINATIONS)
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"adapters={adapters} and weights={weights} must be lists of the same length, not empty")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"weights={weights} must be finite numbers; found {weight!r}")
     for name in adapters:
         if name not in peft_config:
             raise ValueError(f"Adapter {name} does not exist")
@@ -53,20 +59,19 @@ def check_combination(
                     f"adapters {adapters[0]!r} and {name!r} differ in {key} ({getattr(first, key)!r} and "
                     f"{getattr(config, key)!r}); only adapters on the same matrices and side can be combined"
                 )
-        if isinstance(first.target_modules, str) != isinstance(config.target_modules, str):
-            raise ValueError("all adapters must give target_modules in the same way, as a string or as a list")
 
 
-def combined_config(peft_config: dict[str, Any], adapters: list[str], ranks: dict[str, int]) -> Any:
-    """The configuration of the new adapter: rank by layer, scaling 1."""
-    configs = [peft_config[name] for name in adapters]
-    targets = [config.target_modules for config in configs]
-    if isinstance(targets[0], str):
-        together: Any = "|".join(f"({target})" for target in dict.fromkeys(targets))
-    else:
-        together = set().union(*(target or () for target in targets))
+def combined_config(peft_config: dict[str, Any], adapters: list[str], layers: list[LormaLayer], how: str) -> Any:
+    """The configuration of the new adapter: exactly these layers, rank by layer, scaling 1."""
+    ranks = {layer.pattern_name: combined_rank(layer, adapters, how) for layer in layers}
+    modules = sorted({layer.pattern_name for layer in layers if not isinstance(layer, ParamWrapper)})
     return replace(
-        configs[0], target_modules=together, **patterns(ranks, {name: float(r) for name, r in ranks.items()})
+        peft_config[adapters[0]],
+        target_modules="|".join(re.escape(name) for name in modules) if modules else [],
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        **patterns(ranks, {name: float(rank) for name, rank in ranks.items()}),
     )
 
 
