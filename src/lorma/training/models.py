@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lorma.errors import InputError
 from lorma.training.methods import Method
 from lorma.training.packaged import Source, find_model, install_hint
+from lorma.tuners.quantized import keep_layout
 from lorma.tuners.targets import closest_modules
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedMod
         if spec.quantization:
             _quantize(model, _bitsandbytes_config(spec, auto_model))
     if getattr(model, "is_loaded_in_4bit", False):
-        _keep_layout(model)
+        keep_layout(model)
         _check_layout(model)
     return model
 
@@ -111,18 +112,6 @@ def _quantize(model: Any, config: Any) -> None:
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
     model.to(device_map[""])
-
-
-def _keep_layout(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for a faster CPU kernel at the first pass in evaluation mode.
-
-    The repacked form (bitsandbytes 0.50.2, processors with AVX-512 BF16) rounds block scales to bfloat16, lets no
-    gradient through, also later in training mode, and does not take layers whose sizes are no multiples of 32 and 64.
-    Training and evaluation would not even compute the same function.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _check_layout(model: Any) -> None:

@@ -34,13 +34,22 @@ def quantization_backend(base_layer: nn.Module, **kwargs: Any) -> QuantizationBa
         base_layer: the layer to look at.
         **kwargs: what PEFT's ``get_quantization_kwargs`` finds out about the model.
     """
-    if hasattr(base_layer, "support_avx512bf16_for_cpu"):
-        # bitsandbytes would repack a 4-bit weight in evaluation: other numbers, and no gradient from then on.
-        base_layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     weight = getattr(base_layer, "weight", None)
     if type(weight).__module__.startswith("torchao.") and not kwargs.get("get_apply_tensor_subclass"):
         return UnknownTorchaoBackend()
     return resolve_quantization_backend(base_layer, **kwargs)
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a faster CPU kernel at the first pass in evaluation mode.
+
+    The repacked form (bitsandbytes 0.50.2, processors with AVX-512 BF16) rounds block scales to bfloat16, lets no
+    gradient through, also later in training mode, and does not take layers whose sizes are no multiples of 32 and 64.
+    Training and evaluation would not even compute the same function.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 class UnknownTorchaoBackend(TorchaoBackend):

@@ -20,7 +20,7 @@ from lorma.tuners.lorma.dispatch import check_fan_in_fan_out, fused_projection, 
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.parameter import ParamWrapper
 from lorma.tuners.originals import MergeReport, remember
-from lorma.tuners.quantized import tell_requantization
+from lorma.tuners.quantized import keep_layout, tell_requantization
 from lorma.tuners.targets import closest_modules
 
 MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -51,6 +51,7 @@ class LormaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check what can be checked before the first layer is replaced."""
+        keep_layout(model)
         for key in peft_config.fused_projections or {}:
             matching = [name for name, _ in model.named_modules() if re.match(rf"(.*\.)?({key})$", name)]
             if not matching:
@@ -138,8 +139,7 @@ class LormaModel(BaseTuner):
             safe_merge: refuse, before anything is changed, if a factor or a merged weight is not finite.
             undo, quantized: see :meth:`lorma.tuners.merge.MergeableLayer.merge`.
 
-        Returns:
-            One report for each layer that was merged.
+        Returns: one report for each layer that was merged.
 
         Raises:
             ValueError: as ``merge`` does; or if an active adapter that is left out acts before one that is merged.
