@@ -29,7 +29,7 @@ KINDS_HEAD = """\
 
 The plain definition forms each multiplier in full, multiplies the weight (of a quantised layer: what it stands for)
 and runs the base layer with it. Outputs, weights and gradients may be this far from it (norm of the difference over
-the norm). bitsandbytes rounds activations to 8 bits (int8) or scales to bfloat16 (NF4 on a CPU) in evaluation mode.
+the norm). bitsandbytes rounds activations to 8 bits (int8) in evaluation mode on a CPU.
 Layers in bfloat16, float16 and under autocast may be 3e-2 away.
 
 | Kind | What was built | Distance allowed |
