@@ -339,3 +339,31 @@ def test_wrong_arguments_of_a_merge(mlp):
         model.merge_adapter(undo="copy")
     model.merge_adapter(["default", "default"])
     assert model.model.up.merged_adapters == ["default"]
+
+
+def test_unloading_one_of_two_dora_adapters(mlp):
+    x = torch.randn(3, 6)
+    model = adapted(mlp, use_dora=True)
+    model.add_adapter("second", LormaConfig(target_modules=TARGETS, r=3, use_dora=True))
+    randomise(model, "second", seed=5)
+    model.set_adapter("second")
+    second = model(x)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="while the DoRA adapter 'second' of up acts unmerged"):
+        model.base_model.merge_adapter(["default"], undo="refuse")
+    merged = model.merge_and_unload(adapter_names=["second"])
+    assert_close(merged(x), second, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refused_unloading_changes_no_default():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear8bitLt(16, 8, has_fp16_weights=False).to("cpu")
+    model = get_peft_model(nn.Sequential(layer), LormaConfig(target_modules=["0"])).base_model
+    with pytest.raises(ValueError, match="say what merging shall do"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="quantized='round' is not allowed"):
+        model.merge_and_unload(quantized="round")
+    assert model.model[0].undo == {"default": "snapshot"}
+    assert model.model[0].quantized_merge is None
+    model.merge_adapter(quantized="dequantize")
+    assert len(model.unmerge_adapter()) == 1

@@ -18,6 +18,8 @@ from lorma.tuners.lorma.fused import FusedProjection
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.quantized import quantization_backend
 
+MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_FUSED_MODULES = ("out_proj", "conv1d")
 KINDS: dict[type[nn.Module], type[LormaLayer]] = {
     nn.Linear: Linear,
     Conv1D: Linear,
@@ -107,4 +109,15 @@ def check_fan_in_fan_out(config: LormaConfig, target: nn.Module, name: str) -> N
             f"fan_in_fan_out is set to True but {name} is a {type(target).__name__}, which stores its weight as "
             "out x in; it is ignored there.",
             stacklevel=2,
+        )
+
+
+def check_mamba(model: nn.Module, target_name: str) -> None:
+    """Refuse what Mamba's fused kernels read without calling (``ValueError``)."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in MAMBA_MODEL_TYPES and target_name in MAMBA_FUSED_MODULES:
+        raise ValueError(
+            f"[PEFT:LORMA] Module '{target_name}' is incompatible with Mamba-based models "
+            f"(model_type='{model_type}'): its weight is read without calling it. "
+            "Please remove it from `target_modules`."
         )

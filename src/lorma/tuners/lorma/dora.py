@@ -34,16 +34,23 @@ class MagnitudeLayer(MergeableLayer):
     def _parts(self, adapter_name: str, dtype: torch.dtype | None = None) -> list[tuple[slice, Tensor, Tensor]]:
         """The multipliers of an adapter: which rows of the weight each acts on, its A and its B."""
 
-    def _check_undo(self, undo: str | None, names: list[str]) -> tuple[str, float]:
-        mode, condition = super()._check_undo(undo, names)
-        left_out = [n for n in self.lorma_magnitude_vector if n in self.active_adapters and n not in names]
-        left_out = [name for name in left_out if name not in self.merged_adapters]
-        if mode != "snapshot" and self.reports_to is None and left_out:
+    def check_merge(
+        self, adapter_names: list[str] | None, undo: str | None, quantized: str | None, *, unload: bool = False
+    ) -> None:
+        """As every layer's; refuses as well to lose the original weight while a DoRA adapter needs its norms."""
+        super().check_merge(adapter_names, undo, quantized, unload=unload)
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in asked if name in self.lorma_A and name not in self.merged_adapters]
+        if unload or not names:
+            return
+        mode, _ = self._check_undo(undo, names)
+        done = [*names, *self.merged_adapters]
+        left_out = [n for n in self.lorma_magnitude_vector if n in self.active_adapters and n not in done]
+        if mode != "snapshot" and left_out:
             raise ValueError(
                 f"undo={mode!r} is not allowed while the DoRA adapter {left_out[0]!r} of {self.layer_name} acts "
                 "unmerged: it needs the norms of the original weight; choose 'snapshot'"
             )
-        return mode, condition
 
     def _start_magnitude(self, adapter_name: str) -> None:
         A = self.lorma_A[adapter_name]

@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from lorma.tuners.adapter_file import check_known
 from lorma.tuners.lorma import weighted
 from lorma.tuners.lorma.batches import mixed_batch
-from lorma.tuners.lorma.dispatch import check_fan_in_fan_out, fused_projection, layer_class, rank_and_alpha
+from lorma.tuners.lorma.dispatch import check_fan_in_fan_out, check_mamba, fused_projection, layer_class, rank_and_alpha
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.parameter import ParamWrapper
 from lorma.tuners.originals import MergeReport, remember
 from lorma.tuners.quantized import keep_layout, tell_requantization
 from lorma.tuners.targets import closest_modules
-
-MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-MAMBA_FUSED_MODULES = ("out_proj", "conv1d")
 
 
 class LormaModel(BaseTuner):
@@ -170,7 +167,7 @@ class LormaModel(BaseTuner):
         return reports
 
     def unmerge_adapter(self) -> list[MergeReport]:
-        """Unmerge every layer, in the way chosen when merging. Returns one report for each layer that was merged."""
+        """Unmerge every layer, in the way chosen when merging; one report for each layer that was merged."""
         reports = []
         for layer in reversed(self._layers()):
             with onload_layer(layer):
@@ -187,14 +184,16 @@ class LormaModel(BaseTuner):
     ) -> nn.Module:
         """The base model with adapters merged and all wrappers taken off.
 
-        Args:
-            progressbar, safe_merge, adapter_names: as in PEFT.
-            quantized: what to do with quantised base layers, ``"requantize"`` or ``"dequantize"``; see
-                :meth:`lorma.tuners.merge.MergeableLayer.merge`.
+        ``quantized`` is for quantised base layers; see :meth:`lorma.tuners.merge.MergeableLayer.merge`.
         """
-        for layer in self._layers():
-            layer.quantized_merge = quantized
-        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        layers = self._layers()
+        try:
+            for layer in layers:
+                layer.quantized_merge = quantized
+            return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        finally:
+            for layer in layers:
+                layer.quantized_merge = None
 
     def _unload_and_optionally_merge(
         self,
@@ -205,9 +204,11 @@ class LormaModel(BaseTuner):
     ) -> Any:
         reports: list[MergeReport] = []
         if merge:
-            for layer in self._layers():
+            layers = self._layers()
+            for layer in layers:
+                layer.check_merge(adapter_names, None if layer.merged else "refuse", None, unload=True)
+            for layer in layers:
                 layer.undo = dict.fromkeys(layer.undo, layer._undo if layer.merged else "refuse")
-                layer.check_merge(adapter_names, None, None, unload=True)
                 layer.reports_to = reports
             if safe_merge:
                 self._check_finite(adapter_names)
@@ -252,13 +253,7 @@ class LormaModel(BaseTuner):
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """Refuse what Mamba's fused kernels read without calling; PEFT's own check knows LoRA by name only."""
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type in MAMBA_MODEL_TYPES and target_name in MAMBA_FUSED_MODULES:
-            raise ValueError(
-                f"[PEFT:LORMA] Module '{target_name}' is incompatible with Mamba-based models "
-                f"(model_type='{model_type}'): its weight is read without calling it. "
-                "Please remove it from `target_modules`."
-            )
+        check_mamba(model, target_name)
 
     def _layers(self) -> list[LormaLayer]:
         return [module for module in self.model.modules() if isinstance(module, LormaLayer)]
