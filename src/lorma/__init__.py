@@ -4,17 +4,12 @@ Importing this package makes ``LORMA`` known to PEFT; from there ``get_peft_mode
 ``model.add_adapter``, the Trainer and TRL take a :class:`LormaConfig` like any other.
 """
 
-import logging
+from lorma._quiet import without_remarks
+from lorma._version import __version__
+from lorma.errors import InputError
 
-# Importing PEFT imports what is installed for quantisation, which tells at length of kernels it has not got here.
-_disabled = logging.root.manager.disable
-logging.disable(max(_disabled, logging.WARNING))
-
-from lorma._version import __version__  # noqa: E402
-from lorma.errors import InputError  # noqa: E402
-from lorma.tuners import LormaConfig, LormaModel, MergeReport, hotswap_adapter, prepare_for_hotswap  # noqa: E402
-
-logging.disable(_disabled)
+with without_remarks():
+    from lorma.tuners import LormaConfig, LormaModel, MergeReport, hotswap_adapter, prepare_for_hotswap
 
 __all__ = [
     "InputError",

@@ -31,8 +31,8 @@ def order(case: Case):
 
 
 @torch.no_grad()
-def mixed_batch(case: Case):
-    model, x = case.with_two().eval(), case.x()
+def mixed_batch(case: Case, **config):
+    model, x = case.with_two(**config).eval(), case.x()
     names = ["second", "__base__", "default"]
     assert len(x) == len(names)
     single = {"__base__": case.base().eval()(x)}

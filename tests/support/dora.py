@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from lorma import hotswap_adapter, prepare_for_hotswap
-from support.adapters import BOTH
+from support.adapters import BOTH, mixed_batch
 from support.case import Case, flat, gradients, quiet, trained
 from support.files import check_equal_outputs
 from support.running import INSTANTIATED
@@ -59,16 +59,8 @@ def dora_two_at_once(case: Case):
         assert torch.equal(merged(x), together)
 
 
-@torch.no_grad()
 def dora_mixed_batch(case: Case):
-    model, x = case.with_two(use_dora=True).eval(), case.x()
-    names = ["second", "__base__", "default"]
-    single = {"__base__": case.base().eval()(x)}
-    for name in BOTH:
-        model.set_adapter(name)
-        single[name] = model(x)
-    expected = torch.stack([single[name][row] for row, name in enumerate(names)])
-    case.check_close(model(x, adapter_names=names), expected, case.eval_tolerance)
+    mixed_batch(case, use_dora=True)
 
 
 def dora_combined(case: Case):

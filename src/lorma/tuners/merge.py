@@ -42,6 +42,7 @@ class MergeableLayer(BaseTunerLayer):
     layer_name: str
     weight_name = "weight"
     undo: dict[str, str]
+    """How a merge of each adapter that the layer has is undone unless the call says otherwise."""
     quantized_merge: str | None = None
     """What ``merge`` does with a quantised base when the call does not say: refuse (None), or one of the choices."""
     model_dtype: torch.dtype | None = None
@@ -51,7 +52,7 @@ class MergeableLayer(BaseTunerLayer):
 
     _original: Original | QuantizedOriginal | None = None
     _undo: str = "snapshot"
-    _condition: float = 1.0
+    _ranges: dict[str, tuple[float, float]] = {}  # noqa: RUF012 (replaced, never changed)
     _pending_error: float = 0.0
     _drift: float = 0.0
 
@@ -117,11 +118,11 @@ class MergeableLayer(BaseTunerLayer):
                 ``quantized`` is not given, or its format cannot be merged into; if ``undo`` is not how this layer is
                 merged already; with ``undo="inverse"`` if a multiplier is singular or its condition number is too high.
         """
-        known = self._get_available_adapters()
-        names = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in known]
+        names = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.undo]
         if not names:
             return None
-        mode, condition = self._check_undo(undo, names)
+        mode = self._undo_mode(undo, names)
+        ranges = {name: self._well_conditioned(name) for name in names} if mode == "inverse" else {}
         how = self._check_quantized(quantized or self.quantized_merge)
         current = self._current_weight()
         if self.merged and mode == "snapshot":
@@ -146,11 +147,11 @@ class MergeableLayer(BaseTunerLayer):
         if mode == "inverse":
             norm = start.double().norm().item()
             for name in names:
-                largest = self.singular_range_of(name)[0]
+                largest = ranges[name][0]
                 self._pending_error = self._pending_error * largest + self.arithmetic_error_of(name) * norm
                 norm *= largest
             self._pending_error += rounding_error(self._parameter())
-        self._condition = condition
+        self._ranges = {**self._ranges, **ranges}
         self._undo = mode
         self.merged_adapters.extend(names)
         report = self._report(error)
@@ -175,7 +176,7 @@ class MergeableLayer(BaseTunerLayer):
         elif self._original is not None:
             self._original.restore(self)
         report = self._report()
-        self._original, self._condition, self._pending_error = None, 1.0, 0.0
+        self._original, self._ranges, self._pending_error = None, {}, 0.0
         self.merged_adapters.clear()
         return report
 
@@ -185,16 +186,14 @@ class MergeableLayer(BaseTunerLayer):
         Of a merged layer those are the ones that were left out of a merge of some of the active adapters; they act
         after the merged ones. If only adapters that are not active were merged, the layer stands for those alone.
         """
-        known = self._get_available_adapters()
-        active = [name for name in self.active_adapters if name in known]
+        active = [name for name in self.active_adapters if name in self.undo]
         if self.merged and not any(name in self.merged_adapters for name in active):
             return []
         return [name for name in active if name not in self.merged_adapters]
 
     def check_order(self, names: list[str]) -> None:
         """Refuse a merge of ``names`` after which the active adapters would act in another order (``ValueError``)."""
-        known = self._get_available_adapters()
-        active = [name for name in self.active_adapters if name in known]
+        active = [name for name in self.active_adapters if name in self.undo]
         together = [*self.merged_adapters, *names]
         after = [n for n in together if n in active] + [n for n in active if n not in together]
         if after != active and any(name in names for name in active):
@@ -206,20 +205,22 @@ class MergeableLayer(BaseTunerLayer):
     def check_merge(
         self, adapter_names: list[str] | None, undo: str | None, quantized: str | None, *, unload: bool = False
     ) -> None:
-        """Refuse what ``merge`` would refuse, before anything is changed; see there.
+        """Refuse what ``merge`` would refuse and can be told without looking at a weight; see there.
 
         Unless the layer is about to be unloaded, also refuse an order in which the active adapters do not act.
         """
-        known = self._get_available_adapters()
-        asked = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in dict.fromkeys(asked) if name in known and name not in self.merged_adapters]
+        names = self._to_merge(adapter_names)
         if names:
             if not unload:
                 self.check_order(names)
-            self._check_undo(undo, names)
+            self._undo_mode(undo, names)
             self._check_quantized(quantized or self.quantized_merge)
 
-    def _check_undo(self, undo: str | None, names: list[str]) -> tuple[str, float]:
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in dict.fromkeys(asked) if name in self.undo and name not in self.merged_adapters]
+
+    def _undo_mode(self, undo: str | None, names: list[str]) -> str:
         if is_sharded(self._parameter()):
             raise ValueError(f"the weight of {self.layer_name} is sharded (FSDP2); merge in one process, after loading")
         if undo is None:
@@ -229,16 +230,14 @@ class MergeableLayer(BaseTunerLayer):
             raise ValueError(
                 f"undo={undo!r}: {self.layer_name} is already merged with undo={self._undo!r}; unmerge it first"
             )
-        if undo == "inverse":
-            if self.quantization_backend is not None:
-                raise ValueError(
-                    f"undo='inverse' is not allowed for {self.layer_name}: its base is quantised, and rounding into "
-                    "that format cannot be inverted; choose 'snapshot' or 'refuse'"
-                )
-            return undo, max([self._condition, *(self._check_condition(name) for name in names)])
-        return undo, self._condition
+        if undo == "inverse" and self.quantization_backend is not None:
+            raise ValueError(
+                f"undo='inverse' is not allowed for {self.layer_name}: its base is quantised, and rounding into that "
+                "format cannot be inverted; choose 'snapshot' or 'refuse'"
+            )
+        return undo
 
-    def _check_condition(self, name: str) -> float:
+    def _well_conditioned(self, name: str) -> tuple[float, float]:
         largest, smallest = self.singular_range_of(name)
         condition = largest / smallest if smallest > 0 else float("inf")
         if not condition <= CONDITION_LIMIT:
@@ -246,7 +245,7 @@ class MergeableLayer(BaseTunerLayer):
                 f"undo='inverse' is refused for adapter {name!r} of {self.layer_name}: the condition number of its "
                 f"multiplier is {condition:.3g}, the limit {CONDITION_LIMIT:.3g}; choose 'snapshot'"
             )
-        return condition
+        return largest, smallest
 
     def _check_quantized(self, how: str | None) -> str | None:
         check_choice("quantized", how or QUANTIZED_CHOICES[0], QUANTIZED_CHOICES)
@@ -262,14 +261,14 @@ class MergeableLayer(BaseTunerLayer):
 
     def _report(self, requantization_error: float | None = None) -> MergeReport:
         bound = {"snapshot": 0.0, "inverse": self._drift + self._pending_error, "refuse": float("inf")}[self._undo]
-        condition = self._condition if self._undo == "inverse" else None
+        condition = max(high / low for high, low in self._ranges.values()) if self._undo == "inverse" else None
         return MergeReport(self.layer_name, self._undo, bound, condition, requantization_error)
 
     def _invert(self) -> None:
         merged = self._floating_weight()
         weight = merged.double()
         for name in reversed(self.merged_adapters):
-            smallest = self.singular_range_of(name)[1]
+            smallest = self._ranges[name][1]
             inexact = self.arithmetic_error_of(name) * weight.norm().item() / smallest**2
             weight = weight + self.inverse_delta_weight_of(name, weight)
             self._pending_error = self._pending_error / smallest + inexact

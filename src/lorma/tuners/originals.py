@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorma.tuners.quantized import QuantizedOriginal
 
@@ -37,7 +37,6 @@ class Original:
 
     def __init__(self, layer: MergeableLayer) -> None:
         self.parameter = layer._parameter()
-        self.module: nn.Module = layer.get_base_layer()
 
     def read(self, layer: MergeableLayer) -> Tensor:
         """The original weight; ``layer`` is left as it is."""
@@ -52,7 +51,7 @@ class Original:
 
 def remember(layer: MergeableLayer) -> Callable[[], None]:
     """Note everything that a merge changes; calling the result puts it back, whatever has happened since."""
-    fields = ("_original", "_undo", "_condition", "_pending_error", "_drift")
+    fields = ("_original", "_undo", "_ranges", "_pending_error", "_drift")
     state = {name: getattr(layer, name) for name in fields}
     merged = list(layer.merged_adapters)
     held = Original(layer) if layer.quantization_backend is None else QuantizedOriginal(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,19 +12,18 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 
-@contextmanager
-def in_place(modules: Iterable[nn.Module]) -> Iterator[None]:
+def in_place(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """While active, parameters of these modules that accelerate has offloaded are on their execution device.
 
     Accelerate brings a module's parameters when the module is called; factors in a dictionary never are, nor is a base
     layer whose bias is read.
     """
-    with ExitStack() as stack:
-        for module in modules:
-            away = hasattr(module, "_hf_hook") and has_offloaded_params(module)
-            if away and any(p.is_meta for p in module.parameters(recurse=False)):
-                stack.enter_context(align_module_device(module))
-        yield
+    stack = None
+    for module in modules:
+        if is_offloaded(module) and any(p.is_meta for p in module.parameters(recurse=False)):
+            stack = stack or ExitStack()
+            stack.enter_context(align_module_device(module))
+    return stack or nullcontext()
 
 
 @contextmanager
@@ -48,9 +47,14 @@ def is_sharded(tensor: Tensor) -> bool:
     return torch.distributed.is_available() and isinstance(tensor, torch.distributed.tensor.DTensor)
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's parameters elsewhere between calls."""
+    return "_hf_hook" in vars(module) and has_offloaded_params(module)
+
+
 def execution_device(module: nn.Module, device: torch.device | None) -> torch.device | None:
     """Where a module computes: ``device``, or what accelerate says if its parameters are away (on meta)."""
-    if device is not None and device.type == "meta" and hasattr(module, "_hf_hook") and has_offloaded_params(module):
+    if device is not None and device.type == "meta" and is_offloaded(module):
         found = cast(Any, module)._hf_hook.execution_device
         return torch.device(found) if found is not None else torch.device("cpu")
     return device

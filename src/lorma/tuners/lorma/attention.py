@@ -27,18 +27,14 @@ class MultiheadAttention(ParameterLayer):
         adapter_name: str,
         *,
         layer_name: str,
-        r: int,
-        lorma_alpha: float,
-        config: LormaConfig,
-        fused: Any = None,
-        **quantization_kwargs: Any,
+        **options: Any,
     ) -> None:
         if not cast(Any, base_layer)._qkv_same_embed_dim:
             raise ValueError(
                 f"Target module {layer_name} is not supported: only the same embed_dim, kdim and vdim are, which "
                 "nn.MultiheadAttention keeps in one weight"
             )
-        common: Any = {"r": r, "lorma_alpha": lorma_alpha, "config": config}
+        common: Any = {key: options[key] for key in ("r", "lorma_alpha", "config")}
         super().__init__(base_layer, adapter_name, layer_name=layer_name, parameter_name="in_proj_weight", **common)
         out_proj = cast(nn.Module, base_layer.out_proj)
         inner = Linear(out_proj, adapter_name, layer_name=f"{layer_name}.out_proj", **common)

@@ -206,8 +206,6 @@ class ChannelLayer(nn.Module, LormaLayer):
 class Linear(ChannelLayer):
     """LoRMA on ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer."""
 
-    kind = "Linear"
-
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the base layer stores its weight as in × out."""
@@ -226,8 +224,6 @@ class ConvNd(ChannelLayer):
     ``pre`` multiplies the output channels, ``post`` the input channels, at every position alike. With groups, each
     group has its own multiplier, so that the merged kernel keeps its groups.
     """
-
-    kind = "Conv"
 
     @property
     def blocks(self) -> int:  # type: ignore[override]
@@ -270,7 +266,6 @@ class Embedding(ChannelLayer):
     ``"auto"`` take ``post`` here.
     """
 
-    kind = "Embedding"
     sides = ("post",)
 
     def _features(self) -> tuple[int, int]:

@@ -14,6 +14,12 @@ from lorma.tuners.merge import MergeableLayer
 from lorma.tuners.placing import gathered, whole
 
 
+def beside(factor: Tensor, matrices: Tensor) -> Tensor:
+    """A factor (…, r, n) on the device of ``matrices`` (…, d, k), with as many dimensions."""
+    missing = (1,) * (matrices.ndim - factor.ndim)
+    return factor.to(matrices.device).reshape(factor.shape[:-2] + missing + factor.shape[-2:])
+
+
 class MagnitudeLayer(MergeableLayer):
     """What a layer needs for ``use_dora``: the magnitudes, the norms they are divided by, and keeping the norms."""
 
@@ -39,11 +45,10 @@ class MagnitudeLayer(MergeableLayer):
     ) -> None:
         """As every layer's; refuses as well to lose the original weight while a DoRA adapter needs its norms."""
         super().check_merge(adapter_names, undo, quantized, unload=unload)
-        asked = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in asked if name in self.lorma_A and name not in self.merged_adapters]
+        names = self._to_merge(adapter_names)
         if unload or not names:
             return
-        mode, _ = self._check_undo(undo, names)
+        mode = self._undo_mode(undo, names)
         done = [*names, *self.merged_adapters]
         left_out = [n for n in self.lorma_magnitude_vector if n in self.active_adapters and n not in done]
         if mode != "snapshot" and left_out:
@@ -55,14 +60,11 @@ class MagnitudeLayer(MergeableLayer):
     def _start_magnitude(self, adapter_name: str) -> None:
         A = self.lorma_A[adapter_name]
         if A.is_meta:
-            start = torch.empty(self._magnitude_size(), dtype=A.dtype, device=A.device)
+            start = torch.empty(self.out_features, dtype=A.dtype, device=A.device)
         else:
             start = self._multiplied_norms(adapter_name).to(A.dtype)
         self.lorma_magnitude_vector[adapter_name] = nn.Parameter(start)
         self._norms.pop(adapter_name, None)
-
-    def _magnitude_size(self) -> int:
-        return self.out_features
 
     def _along_rows(self, vector: Tensor, weight: Tensor) -> Tensor:
         """``vector`` (one number a row of the matrix) shaped to multiply the stored ``weight``."""
@@ -75,8 +77,7 @@ class MagnitudeLayer(MergeableLayer):
         with gathered(self.get_base_layer()):
             matrices = self._matrices(whole(self.original_weight()), side)
             ((_, A, B),) = self._parts(adapter_name)
-            A, B = (widen(t).to(matrices.device) for t in (A, B))
-            A, B = (t.reshape(t.shape[:-2] + (1,) * (matrices.ndim - t.ndim) + t.shape[-2:]) for t in (A, B))
+            A, B = (beside(widen(t), matrices) for t in (A, B))
             norms = functional.multiplied_row_norms(matrices, A, B, self.scaling[adapter_name], side)
         return self._join_norms(norms).to(self.lorma_A[adapter_name].device)
 

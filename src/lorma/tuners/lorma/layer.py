@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorma import functional
 from lorma.functional.multiplier import Inflation, Scaling, Side
 from lorma.tuners.lorma.config import LormaConfig
-from lorma.tuners.lorma.dora import MagnitudeLayer
+from lorma.tuners.lorma.dora import MagnitudeLayer, beside
 from lorma.tuners.lorma.fused import FusedProjection
 from lorma.tuners.placing import execution_device
 from lorma.tuners.quantized import quantization_backend
@@ -47,7 +47,6 @@ class LormaLayer(MagnitudeLayer):
         "_norms",
         "_norms_key",
     )
-    kind = "layer"
     sides: tuple[Side, ...] = ("pre", "post")
     """Sides that can be multiplied, the one taken for ``"pre"`` where there is no choice first."""
     blocks = 1
@@ -214,9 +213,7 @@ class LormaLayer(MagnitudeLayer):
         delta = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         source, target = self._matrices(weight, side), self._matrices(delta, side)
         for rows, A, B in self._parts(adapter_name, weight.dtype):
-            A, B = (
-                t.to(weight.device).reshape(t.shape[:-2] + (1,) * (source.ndim - t.ndim) + t.shape[-2:]) for t in (A, B)
-            )
+            A, B = (beside(t, source) for t in (A, B))
             target[..., rows, :] = formula(source[..., rows, :], A, B, s, inflation, side)
         return delta
 

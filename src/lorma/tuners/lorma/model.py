@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -131,6 +131,8 @@ class LormaModel(BaseTuner):
     ) -> list[MergeReport]:
         """Merge adapters in place; if one layer refuses, the layers before it are put back as they were.
 
+        For that, whatever ``undo`` says, the old weights are kept until the call returns.
+
         Args:
             adapter_names: which adapters, in their order; None takes the active ones.
             safe_merge: refuse, before anything is changed, if a factor or a merged weight is not finite.
@@ -146,25 +148,19 @@ class LormaModel(BaseTuner):
         if unknown:
             raise ValueError(f"adapter_names={adapter_names}: there is no adapter {', '.join(unknown)}")
         for layer in self._layers():
-            with onload_layer(layer):
-                layer.check_merge(adapter_names, undo, quantized)
+            layer.check_merge(adapter_names, undo, quantized)
         if safe_merge:
             self._check_finite(adapter_names)
-        reports: list[MergeReport] = []
-        undone = []
-        try:
+        reports: list[MergeReport | None] = []
+        with ExitStack() as undoing:
             for layer in self._layers():
-                undone.append(remember(layer))
                 with onload_layer(layer):
-                    report = layer.merge(safe_merge, adapter_names, undo=undo, quantized=quantized)
-                if report is not None:
-                    reports.append(report)
-        except Exception:
-            for put_back in reversed(undone):
-                put_back()
-            raise
-        tell_requantization({r.layer: r.requantization_error for r in reports})
-        return reports
+                    undoing.callback(_put_back, layer, remember(layer))
+                    reports.append(layer.merge(safe_merge, adapter_names, undo=undo, quantized=quantized))
+            undoing.pop_all()
+        done = [report for report in reports if report is not None]
+        tell_requantization({r.layer: r.requantization_error for r in done})
+        return done
 
     def unmerge_adapter(self) -> list[MergeReport]:
         """Unmerge every layer, in the way chosen when merging; one report for each layer that was merged."""
@@ -293,3 +289,8 @@ class LormaModel(BaseTuner):
         }
         check_known(places, remapped, LormaLayer.adapter_layer_names)
         return remapped
+
+
+def _put_back(layer: LormaLayer, put_back: Callable[[], None]) -> None:
+    with onload_layer(layer):
+        put_back()

@@ -22,6 +22,8 @@ from lorma.tuners.lorma.layer import LormaLayer
 class ParameterLayer(nn.Module, LormaLayer):
     """What layers on a bare parameter have in common: the module is run with the multiplied parameter in its place."""
 
+    kind: str
+
     def __init__(
         self,
         base_layer: nn.Module,
