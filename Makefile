@@ -4,7 +4,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEPENDENCIES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-fast support zero3 check format clean
+# Where `make bench` writes, and options for its scripts. To see that it runs:
+# make bench SPEED=runs/speed BENCH=--quick PAGE="-o runs/speed.md --figures runs/figures"
+SPEED ?= docs/results/speed
+BENCH ?=
+PAGE ?=
+
+.PHONY: quickstart test test-fast support bench zero3 check format clean
 
 quickstart: $(VENV)/.demo  ## Install, then compare LoRA with LoRMA on real reviews
 	$(BIN)/lorma compare recipes/quickstart.yaml
@@ -17,6 +23,16 @@ test-fast: $(VENV)/.dev  ## Without real models and subprocesses
 
 support: $(VENV)/.dev  ## Write docs/support.md: every feature on every kind of layer
 	cd tests && ../$(BIN)/python -m support.table
+
+bench: $(VENV)/.dev  ## Measure speed and memory (about 15 minutes on two quiet cores), then write docs/speed.md
+	$(BIN)/python benchmarks/layer.py -o $(SPEED)/layer.json $(BENCH)
+	$(BIN)/python benchmarks/model_step.py --model minilm -o $(SPEED)/model_minilm.json $(BENCH)
+	$(BIN)/python benchmarks/model_step.py --model smollm2 -o $(SPEED)/model_smollm2.json $(BENCH)
+	$(BIN)/python benchmarks/model_step.py --model llama-stack -o $(SPEED)/model_llama_stack.json $(BENCH)
+	$(BIN)/python benchmarks/decode.py -o $(SPEED)/decode.json $(BENCH)
+	$(BIN)/python benchmarks/adapters.py -o $(SPEED)/adapters.json $(BENCH)
+	$(BIN)/python benchmarks/scaling.py -o $(SPEED)/scaling.json $(BENCH)
+	$(BIN)/python benchmarks/page.py --results $(SPEED) $(PAGE)
 
 zero3: $(VENV)/.dev  ## Train under DeepSpeed ZeRO-3 in two processes (compiles its communication on first use)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps deepspeed hjson ninja py-cpuinfo msgpack einops

@@ -10,7 +10,8 @@ import lorma
 SOURCE = Path(lorma.__file__).parent
 MAY_IMPORT = {
     "functional": set(),
-    "tuners": {"functional", "errors"},
+    "kernels": {"functional"},
+    "tuners": {"kernels", "functional", "errors"},
     "tasks": {"errors"},
     "analysis": {"errors"},
     "training": {"tuners", "tasks", "analysis", "errors", "_version"},

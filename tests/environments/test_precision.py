@@ -61,7 +61,11 @@ KINDS = [("channels", "embed"), ("channels", "conv"), ("channels", "grouped"), (
 @pytest.mark.parametrize(("name", "path"), KINDS, ids=["embedding", "conv2d", "grouped", "fused"])
 @torch.no_grad()
 def test_a_small_update_on_a_bfloat16_layer(name, path, mode, noise):
-    """Of relative size 1e-3, so below bfloat16's step of 4e-3: formed in float32, and rounded once into the output."""
+    """Of relative size 1e-3, so below bfloat16's step of 4e-3.
+
+    On its own it is formed in float32. In the layer its factors are rounded to bfloat16, which changes the update in
+    its own last bits but never drops it: nearly every output is that of the exact update, rounded once.
+    """
     model = get_peft_model(build(name).bfloat16(), config(name, mode))
     generator = torch.Generator().manual_seed(3)
     for parameter in gradients(model):
@@ -80,7 +84,7 @@ def test_a_small_update_on_a_bfloat16_layer(name, path, mode, noise):
     assert 1e-4 < exact.norm() / y.double().norm() < 4e-3
     assert distance(update, exact) < 1e-3
     once_rounded = (layer.base_layer(x).double() + exact).bfloat16()
-    assert (layer(x) == once_rounded).double().mean() > 0.999
+    assert (layer(x) == once_rounded).double().mean() > 0.99
     assert not torch.equal(layer(x), layer.base_layer(x))
 
 

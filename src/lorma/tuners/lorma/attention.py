@@ -7,8 +7,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lorma.functional.multiplier import Side
-from lorma.tuners.lorma.channels import Linear
 from lorma.tuners.lorma.config import LormaConfig
+from lorma.tuners.lorma.linear import Linear
 from lorma.tuners.lorma.parameter import ParameterLayer, multiplied
 
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lorma.tuners.lorma.channels import BASE
 from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.lorma.routes import BASE
 
 
 @contextmanager

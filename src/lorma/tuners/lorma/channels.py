@@ -11,23 +11,17 @@ Several active adapters act in the order in which they were activated, the first
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lorma import functional
-from lorma.functional.multiplier import Side
+from lorma import functional, kernels
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.fused import FusedProjection
 from lorma.tuners.lorma.layer import LormaLayer
-from lorma.tuners.placing import gathered, in_place, whole
-
-Routes = list[tuple[Tensor | None, list[str]]]
-"""Which rows of a batch (None: all) pass through which adapters, in their order."""
-BASE = "__base__"
+from lorma.tuners.lorma.routes import Group, Routes, divide
+from lorma.tuners.placing import in_place, whole
 
 
 class ChannelLayer(nn.Module, LormaLayer):
@@ -62,22 +56,78 @@ class ChannelLayer(nn.Module, LormaLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        routes = self._routes(x, adapter_names)
+        names = self.waiting_adapters() if adapter_names is None else [n for n in adapter_names if n in self.lorma_A]
         with in_place((self.lorma_A, self.lorma_B, self.lorma_magnitude_vector)):
             if not x.is_meta:
-                self.check_factors_loaded([name for _, names in routes for name in names])
-            result = self._call_base(x, routes, *args, **kwargs)
+                self.check_factors_loaded(names)
+            if adapter_names is not None:
+                return self._forward_mixed(x, adapter_names, *args, **kwargs)
+            if len(names) == 1 and self._is_plain(names[0], x):
+                return self._forward_alone(x, names[0], *args, **kwargs)
+            result = self._call_base(x, [(None, names)], *args, **kwargs)
             with in_place((self.get_base_layer(),)):
-                return self._multiply_outputs(result, routes)
+                return self._multiply_outputs(result, [(None, names)])
 
-    def _routes(self, x: Tensor, adapter_names: list[str] | None) -> Routes:
-        if adapter_names is None:
-            return [(None, self.waiting_adapters())]
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            if name in self.lorma_A:
-                rows.setdefault(name, []).append(row)
-        return [(torch.tensor(where, device=x.device), [name]) for name, where in rows.items()]
+    # One adapter for the whole batch, with nothing between it and the base layer
+
+    def _is_plain(self, name: str, x: Tensor) -> bool:
+        """Whether an adapter is one multiplier and no more: no DoRA, no slices, no groups, no dropout, no ``none``."""
+        dropout = self.lorma_dropout[name]
+        drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
+        special = drops or name in self.fused or name in self.lorma_magnitude_vector or self.blocks > 1
+        return not special and self.inflation[name] != "none" and type(x) is Tensor
+
+    def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        if self._acts_on_inputs(name):
+            return self.base_layer(self._multiplied(x, name).to(x.dtype), *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        with in_place((self.get_base_layer(),)):
+            bias = getattr(self.get_base_layer(), "bias", None)
+            return self._multiplied(result, name, None if bias is None else whole(bias)).to(result.dtype)
+
+    def _multiplied(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
+        (A, B), s, inflation = self._factors(name), self.scaling[name], self.inflation[name]
+        out = self._channels_back(kernels.multiply(self._channels_last(x), A, B, s, inflation, bias))
+        return out.contiguous() if x.is_contiguous() else out
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of what activations are multiplied by."""
+        return self.lorma_A[name], self.lorma_B[name]
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        return x
+
+    def _channels_back(self, x: Tensor) -> Tensor:
+        return x
+
+    # A mixed batch: for each row its own adapter
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        def known(name: str) -> tuple[bool, int] | None:
+            plain = self.inflation[name] == "plus" and self._is_plain(name, x)
+            return (self._acts_on_inputs(name), len(self.lorma_A[name])) if plain else None
+
+        routes, groups = divide(adapter_names, known, x.device)
+        for group in groups:
+            if group.on_inputs:
+                x = self._multiplied_rows(x, group)
+        result = self._call_base(x, routes, *args, **kwargs)
+        with in_place((self.get_base_layer(),)):
+            result = self._multiply_outputs(result, routes)
+            for group in groups:
+                if not group.on_inputs:
+                    result = self._multiplied_rows(result, group, getattr(self.get_base_layer(), "bias", None))
+        return result
+
+    def _multiplied_rows(self, x: Tensor, group: Group, bias: Tensor | None = None) -> Tensor:
+        """Each row of a group multiplied by its own adapter, all in one batched product."""
+        part = self._channels_last(x.index_select(0, group.rows))
+        factors = [self._factors(name) for name in group.names]
+        A = torch.stack([a for a, _ in factors])
+        B = torch.stack([b * self.scaling[name] for (_, b), name in zip(factors, group.names, strict=True)])
+        tokens = part.reshape(len(part), -1, part.shape[-1])
+        product = kernels.multiply(tokens, A, B, 1.0, "plus", None if bias is None else whole(bias))
+        return x.index_copy(0, group.rows, self._channels_back(product.view(part.shape)).to(x.dtype))
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -201,92 +251,3 @@ class ChannelLayer(nn.Module, LormaLayer):
 
     def __repr__(self) -> str:
         return "lorma." + super().__repr__()
-
-
-class Linear(ChannelLayer):
-    """LoRMA on ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer."""
-
-    @property
-    def fan_in_fan_out(self) -> bool:
-        """Whether the base layer stores its weight as in × out."""
-        return isinstance(self.get_base_layer(), Conv1D)
-
-    def _matrices(self, weight: Tensor, side: Side) -> Tensor:
-        return weight.T if self.fan_in_fan_out else weight
-
-    def _along_rows(self, vector: Tensor, weight: Tensor) -> Tensor:
-        return vector if self.fan_in_fan_out else super()._along_rows(vector, weight)
-
-
-class ConvNd(ChannelLayer):
-    """LoRMA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, on their channels.
-
-    ``pre`` multiplies the output channels, ``post`` the input channels, at every position alike. With groups, each
-    group has its own multiplier, so that the merged kernel keeps its groups.
-    """
-
-    @property
-    def blocks(self) -> int:  # type: ignore[override]
-        """Groups of the convolution."""
-        return cast(int, self.get_base_layer().groups)
-
-    @property
-    def _positions(self) -> int:
-        return len(cast(Any, self.get_base_layer()).kernel_size)
-
-    def _matrices(self, weight: Tensor, side: Side) -> Tensor:
-        matrices = weight.unflatten(0, (self.blocks, -1))
-        matrices = matrices.flatten(2) if side == "pre" else matrices.flatten(3).movedim(3, 1)
-        return matrices if self.blocks > 1 else matrices[0]
-
-    def _join_norms(self, norms: Tensor) -> Tensor:
-        positions = math.prod(cast(Any, self.get_base_layer()).kernel_size)
-        if norms.numel() > self.out_features:
-            norms = norms.unflatten(-2, (-1, positions)).square().sum(-2).sqrt()
-        return norms.flatten()
-
-    def _update(self, x: Tensor, name: str, A: Tensor, B: Tensor) -> Tensor:
-        axis = x.ndim - self._positions - 1
-        x = x.movedim(axis, -1)
-        if self.blocks == 1:
-            return super()._update(x, name, A, B).movedim(-1, axis)
-        grouped = x.unflatten(-1, (self.blocks, -1)).movedim(-2, 0)
-        update = super()._update(grouped.flatten(1, -2), name, A, B).reshape(grouped.shape)
-        return update.movedim(0, -2).flatten(-2).movedim(-1, axis)
-
-    def _along_channels(self, vector: Tensor) -> Tensor:
-        return vector.reshape(-1, *(1,) * self._positions)
-
-
-class Embedding(ChannelLayer):
-    """LoRMA on ``nn.Embedding``, on the embedding dimension D.
-
-    The weight is V × D and is multiplied from the right, ``W0·I(BA)`` (side ``post``): row v becomes ``I(BA)ᵀ·w_v``,
-    which is the base layer's output multiplied. Side ``pre`` would need a V × V multiplier; ``side="pre"`` and
-    ``"auto"`` take ``post`` here.
-    """
-
-    sides = ("post",)
-
-    def _features(self) -> tuple[int, int]:
-        base: Any = self.get_base_layer()
-        return base.embedding_dim, base.embedding_dim
-
-    def _acts_on_inputs(self, adapter_name: str) -> bool:
-        return False
-
-    def _update(self, x: Tensor, name: str, A: Tensor, B: Tensor) -> Tensor:
-        x = self.lorma_dropout[name](self._cast_input_dtype(x, A.dtype))
-        return functional.multiplier_update(x, A, B, self.scaling[name], self.inflation[name], transpose=True)
-
-    def _along_rows(self, vector: Tensor, weight: Tensor) -> Tensor:
-        return vector
-
-    @torch.no_grad()
-    def _multiplied_norms(self, adapter_name: str) -> Tensor:
-        """Norms of the columns of W0·I(BA), as those of the rows of I(BA)ᵀ·W0ᵀ."""
-        A, B = self.lorma_A[adapter_name], self.lorma_B[adapter_name]
-        with gathered(self.get_base_layer()):
-            weight = whole(self.original_weight()).mT
-            norms = functional.multiplied_row_norms(weight, B.mT, A.mT, self.scaling[adapter_name], "pre")
-        return norms.to(A.device)

@@ -12,10 +12,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from lorma.tuners.lorma.attention import MultiheadAttention
-from lorma.tuners.lorma.channels import ConvNd, Embedding, Linear
 from lorma.tuners.lorma.config import LormaConfig
+from lorma.tuners.lorma.convolution import ConvNd
+from lorma.tuners.lorma.embedding import Embedding
 from lorma.tuners.lorma.fused import FusedProjection
 from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.lorma.linear import Linear
 from lorma.tuners.quantized import quantization_backend
 
 MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")

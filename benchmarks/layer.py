@@ -1,0 +1,144 @@
+"""Forward and backward of one linear layer: time, bytes kept for the backward pass, peak memory.
+
+    python benchmarks/layer.py -o docs/results/speed/layer.json
+
+Shapes are d (outputs) × k (inputs) with b tokens, in float32; on a GPU also one large layer in bfloat16, adapters
+included. The input requires a gradient, as it does in the middle of a model. Few tokens (256) are where a dense
+permutation costs most, so those cases are about it. Bytes are also taken of three layers (q, k, v) on one input, which
+should keep that input once.
+
+``floor`` is the cost of a dense permutation in units of the frozen layer: the cheaper of multiplying activations and
+folding the multiplier into the weight, with n the multiplied side, m the other one and two products of d·k·b as 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import contenders
+import torch
+from harness import DEVICE, Case, Run, interleave, parse, parser, write
+from memory import peak_bytes, saved_bytes
+from torch import Tensor, nn
+
+
+class Shape(NamedTuple):
+    """A layer of d outputs and k inputs on b tokens, and the rank of its adapter."""
+
+    d: int
+    k: int
+    b: int
+    r: int = 8
+    dtype: torch.dtype = torch.float32
+
+
+MANY = (Shape(768, 768, 4096), Shape(1024, 1024, 4096), Shape(4096, 1024, 2048), Shape(1024, 4096, 2048))
+FEW = tuple(shape._replace(b=256) for shape in MANY)
+LARGE = Shape(4096, 4096, 8192, 16, torch.bfloat16)
+QUICK = (Shape(48, 32, 64),)
+FOR_FEW = ("frozen", "lora", "lorma-plus", "rebuild-permutation", "lorma-permutation", "lorma-permutation-auto")
+FOR_SHARED = ("lora", "lorma-plus", "lorma-plus-auto", "lorma-permutation", "lorma-permutation-auto")
+
+
+class Projections(nn.Module):
+    """Linear layers of one shape, each applied to the same input; their outputs side by side."""
+
+    def __init__(self, shape: Shape, count: int, bias: bool) -> None:
+        super().__init__()
+        make: dict[str, Any] = {"bias": bias, "device": DEVICE, "dtype": shape.dtype}
+        self.layers = nn.ModuleDict({f"p{i}": nn.Linear(shape.k, shape.d, **make) for i in range(count)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers.values()])
+
+
+def step(model: nn.Module, x: Tensor, gradient: Tensor) -> Run:
+    """Forward and backward of the layer itself, past the wrappers around it.
+
+    What is trained is written to before each run, as an optimiser does, so that nothing is carried over.
+    """
+    layer = contenders.inner(model).layers["p0"]
+    trained = contenders.trainable(model)
+
+    def run() -> None:
+        if trained:
+            torch._foreach_mul_([parameter.detach() for parameter in trained], 1.0)
+        torch.autograd.grad(layer(x), [x, *trained], gradient)
+
+    return run
+
+
+def measure(shape: Shape, names: Sequence[str], bias: bool, rounds: int) -> Case:
+    """All contenders on one layer."""
+    torch.manual_seed(1)
+    base = Projections(shape, 1, bias)
+    models = {name: contenders.build(name, base, ["p0"], shape.r).train() for name in names}
+    x = torch.randn(shape.b, shape.k, device=DEVICE, dtype=shape.dtype, requires_grad=True)
+    gradient = torch.randn(shape.b, shape.d, device=DEVICE, dtype=shape.dtype)
+    steps = {name: step(model, x, gradient) for name, model in models.items()}
+    memory = {
+        name: {
+            **contenders.counts(model, base),
+            "saved_bytes": kept(model, x),
+            "peak_bytes": peak_bytes(steps[name]),
+        }
+        for name, model in models.items()
+    }
+    times = interleave(steps, rounds, warmup=2, every=contenders.SLOW, least_seconds=0.02)
+    return {
+        **described(shape, bias),
+        "floor": {"pre": floor(shape, shape.d), "auto": floor(shape, min(shape.d, shape.k))},
+        "results": {name: times[name] | memory[name] for name in names},
+    }
+
+
+def shared_input(shape: Shape, bias: bool) -> Case:
+    """Bytes kept by one layer, and by three on the same input."""
+    torch.manual_seed(1)
+    x = torch.randn(shape.b, shape.k, device=DEVICE, dtype=shape.dtype, requires_grad=True)
+    bases = {count: Projections(shape, count, bias) for count in (1, 3)}
+    results = {
+        name: {
+            f"saved_bytes_{count}": kept(contenders.build(name, base, list(base.layers), shape.r), x)
+            for count, base in bases.items()
+        }
+        for name in FOR_SHARED
+    }
+    return {**described(shape, bias), "input_bytes": x.untyped_storage().nbytes(), "results": results}
+
+
+def kept(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a model's forward pass keeps, the input included."""
+    return saved_bytes(lambda: model.train()(x), contenders.held(model))
+
+
+def floor(shape: Shape, n: int) -> float:
+    """A dense permutation's forward and backward, with the frozen layer's as 1."""
+    m = shape.d * shape.k / n
+    return min(1.5 + n / shape.b, 1 + 1.5 * n / m)
+
+
+def described(shape: Shape, bias: bool) -> Case:
+    """What a case is about, for the results."""
+    return {**shape._asdict(), "dtype": str(shape.dtype).removeprefix("torch."), "bias": bias}
+
+
+def main() -> None:
+    made = parser(__doc__, rounds=21)
+    made.add_argument("--bias", action="store_true", help="layers with a bias")
+    arguments = parse(made)
+    many, few = (QUICK, QUICK) if arguments.quick else (MANY, FEW)
+    plan = [(shape, contenders.ALL) for shape in many] + [(shape, FOR_FEW) for shape in few]
+    if DEVICE.type == "cuda" and not arguments.quick:
+        plan.append((LARGE, contenders.ALL))
+    cases = []
+    for shape, names in plan:
+        cases.append(measure(shape, names, arguments.bias, arguments.rounds))
+        print(f"{shape.d} × {shape.k}, {shape.b} tokens: done", flush=True)
+    shared = [shared_input(shape, arguments.bias) for shape in many]
+    write(arguments, {"cases": cases, "shared_input": shared})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What each way of computing LoRMAπ costs, from measured rates, and which is the cheapest.
+
+Operations are counted; how long one takes was measured (``python benchmarks/cost_model.py``, which writes
+``costs.json``) for each kind of device and dtype. Rates are fixed in the package and not measured on the user's
+machine, so that the same run makes the same choices, and the same rounding, wherever and whenever it is repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal, TypeAlias
+
+import torch
+
+Way: TypeAlias = Literal["fold", "multiply", "correlate"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds for one of each.
+
+    Attributes:
+        product: multiplication and addition inside a large matrix product.
+        element: element of an n × n matrix formed from the factors, or whose gradient is taken back to them.
+        transform: real number through the transforms of one correlation, divided by log₂ n.
+        call: call of an operation, however small.
+    """
+
+    product: float
+    element: float
+    transform: float
+    call: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What costs depend on: n is the multiplied side of the weight, m the other (0 if the weight is out of reach)."""
+
+    tokens: int
+    n: int
+    m: int
+    r: int
+
+
+def _measured() -> dict[tuple[str, torch.dtype], Rates]:
+    text = files("lorma.kernels").joinpath("costs.json").read_text(encoding="utf-8")
+    table = {}
+    for key, values in json.loads(text)["rates"].items():
+        device, dtype = key.split("/")
+        table[device, getattr(torch, dtype)] = Rates(**values)
+    return table
+
+
+RATES = _measured()
+
+
+def rates(device: str, dtype: torch.dtype) -> Rates:
+    """Measured rates for a kind of device and a dtype; where nothing was measured, those nearest to it."""
+    for key in ((device, dtype), (device, torch.float32), ("cpu", dtype)):
+        if key in RATES:
+            return RATES[key]
+    return RATES["cpu", torch.float32]
+
+
+def costs(shape: Shape, rate: Rates, *, training: bool, folded: bool = False) -> dict[Way, float]:
+    """Seconds that each way takes beyond the frozen layer.
+
+    Args:
+        shape: what is computed; with ``m = 0`` the weight cannot be folded.
+        rate: what operations cost.
+        training: whether a backward pass follows.
+        folded: the folded weight is at hand from an earlier call.
+    """
+    b, n, m, r = shape.tokens, shape.n, shape.m, shape.r
+    square = n * n
+    form = rate.product * r * square + rate.element * square
+    transforms = rate.transform * b * (r + 1) * n * math.log2(max(n, 2))
+    found: dict[Way, float] = {}
+    if m:
+        fold = 0.0 if folded else form + rate.product * square * m + 3 * rate.call
+        back = rate.product * (b * n * m + square * m) + 2 * form + 8 * rate.call
+        found["fold"] = fold + (back if training else 0.0)
+    multiply = form + rate.product * b * square + 4 * rate.call
+    back = 2 * rate.product * b * square + 2 * form + 8 * rate.call
+    found["multiply"] = multiply + (back if training else 0.0)
+    found["correlate"] = (transforms + 8 * rate.call) * (3.3 if training else 1)
+    return found
+
+
+def cheapest(shape: Shape, rate: Rates, *, training: bool, folded: bool = False) -> Way:
+    """The way with the smallest of :func:`costs`."""
+    found = costs(shape, rate, training=training, folded=folded)
+    return min(found, key=lambda way: found[way])

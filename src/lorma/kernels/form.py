@@ -1,0 +1,256 @@
+"""What every hand-written form has: one signature, one autograd function, one custom operator.
+
+A form computes an adapted layer, or multiplies activations, from the same operands. It says what the forward pass
+keeps, how gradients follow from that, and which eager formula it stands for. The formula is the reference that it is
+tested against, and takes over wherever a hand-written backward pass cannot serve: function transforms, forward-mode
+differentiation, tracing for export, a trained base weight, and the backward pass of a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of ``x``, ``bias``, ``A`` and ``B``; None where none is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What a form computes from.
+
+    Attributes:
+        x: (…, k) for forms with a weight; for those that multiply activations, (…, n).
+        weight: W0, frozen, d × k; None for forms that only see activations.
+        bias: the bias of the base layer, which the multiplier does not touch.
+        A: r × n.
+        B: n × r.
+        scaling: the scalar s.
+        dtype: what products are computed in, and the dtype of the output.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scaling: float
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> Tensor:
+        """``x`` as a matrix, one row for each token."""
+        return as_rows(self.x).to(self.dtype)
+
+    @property
+    def base(self) -> Tensor:
+        """The weight in the dtype of the computation."""
+        return cast(Tensor, self.weight).to(self.dtype)
+
+    @property
+    def shift(self) -> Tensor | None:
+        """The bias in the dtype of the computation."""
+        return None if self.bias is None else self.bias.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way of computing; see the module's text.
+
+    Attributes:
+        forward: operands and what an earlier call with the same weight and factors has kept, or None → the output and
+            what is kept for the backward pass.
+        backward: gradient of the output, operands, what was kept, which gradients are needed → those gradients.
+        reference: operands, all of one dtype → the output, in eager differentiable PyTorch.
+        kept_shape: operands → shape of what is kept.
+    """
+
+    name: str
+    forward: Callable[[Operands, Tensor | None], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Operands, Tensor, Sequence[bool]], Gradients]
+    reference: Callable[[Operands], Tensor]
+    kept_shape: Callable[[Operands], Sequence[int]]
+
+
+FORMS: dict[str, Form] = {}
+
+
+def register(form: Form) -> Form:
+    """Make a form known to the custom operator by its name."""
+    FORMS[form.name] = form
+    return form
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` (…, n) as a matrix, one row for each token."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def run(form: Form, operands: Operands, kept: Tensor | None = None) -> Tensor:
+    """Compute ``form`` by the cheapest way that is right here.
+
+    Gradients flow to ``x``, ``bias``, ``A`` and ``B``, and to the weight if it is trained as well.
+    """
+    o = operands
+    tensors = (o.x, o.bias, o.A, o.B)
+    grad = torch.is_grad_enabled()
+    differentiable = grad and any(t is not None and t.requires_grad for t in tensors)
+    trained = grad and o.weight is not None and o.weight.requires_grad
+    compiling = torch.compiler.is_compiling()
+    if trained or only_plain_operations() or (compiling and not differentiable):
+        return _reference(form, o)
+    if compiling:
+        return cast(Tensor, _operator(o.x, o.weight, o.bias, o.A, o.B, o.scaling, form.name, o.dtype)[0])
+    if not differentiable:
+        with without_autocast(o.x):
+            return form.forward(o, kept)[0]
+    return cast(Tensor, _Run.apply(form, o.scaling, o.dtype, o.x, o.weight, o.bias, o.A, o.B, kept))
+
+
+def only_plain_operations() -> bool:
+    """Whether something looks on that must see PyTorch's own operations: a transform, a tracer, forward-mode AD."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """While active, products are computed in the dtype that they are given."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def _reference(form: Form, o: Operands) -> Tensor:
+    x, weight, bias, A, B = (None if t is None else t.to(o.dtype) for t in (o.x, o.weight, o.bias, o.A, o.B))
+    with without_autocast(o.x):
+        return form.reference(Operands(cast(Any, x), weight, bias, cast(Any, A), cast(Any, B), o.scaling, o.dtype))
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, form: Form, scaling: float, dtype: torch.dtype, *tensors: Any) -> Tensor:
+        x, weight, bias, A, B, kept = tensors
+        with without_autocast(x):
+            out, kept = form.forward(Operands(x, weight, bias, A, B, scaling, dtype), kept)
+        ctx.form, ctx.scaling, ctx.dtype = form, scaling, dtype
+        ctx.save_for_backward(x, weight, bias, A, B, kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias, A, B, kept = ctx.saved_tensors
+        operands = Operands(x, weight, bias, A, B, ctx.scaling, ctx.dtype)
+        needs = [ctx.needs_input_grad[i] for i in (3, 5, 6, 7)]
+        with without_autocast(grads[0]):
+            if torch.is_grad_enabled():
+                found = _differentiable_gradients(ctx.form, grads[0], operands, needs)
+            else:
+                found = _gradients(ctx.form, grads[0], operands, kept, needs)
+        return (None, None, None, found[0], None, *found[1:], None)
+
+
+def _gradients(form: Form, grad: Tensor, o: Operands, kept: Tensor, needs: Sequence[bool]) -> Gradients:
+    """Gradients in the dtypes of the tensors they belong to."""
+    found = form.backward(grad.to(o.dtype), o, kept, needs)
+    like = (o.x, o.bias, o.A, o.B)
+    return cast(Gradients, tuple(g if g is None else g.to(cast(Any, t)) for g, t in zip(found, like, strict=True)))
+
+
+def _differentiable_gradients(form: Form, grad: Tensor, o: Operands, needs: Sequence[bool]) -> Gradients:
+    """Gradients that can themselves be differentiated (``create_graph=True``), from the reference."""
+    wanted: list[Any] = [t for t, need in zip((o.x, o.bias, o.A, o.B), needs, strict=True) if need]
+    out = _reference(form, o)
+    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+    return cast(Gradients, tuple(next(found) if need else None for need in needs))
+
+
+@torch.library.custom_op("lorma::multiplied", mutates_args=())
+def _operator(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    form: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    with without_autocast(x):
+        return FORMS[form].forward(Operands(x, weight, bias, A, B, scaling, dtype), None)
+
+
+@_operator.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    form: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    width = x.shape[-1] if weight is None else weight.shape[0]
+    kept = FORMS[form].kept_shape(Operands(x, weight, bias, A, B, scaling, dtype))
+    return x.new_empty((*x.shape[:-1], width), dtype=dtype), x.new_empty(tuple(kept), dtype=dtype)
+
+
+@torch.library.custom_op("lorma::multiplied_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    form: str,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with without_autocast(x):
+        found = _gradients(FORMS[form], grad, Operands(x, weight, bias, A, B, scaling, dtype), kept, needs)
+    return cast(Any, tuple(grad.new_empty(0) if g is None else g.contiguous() for g in found))
+
+
+@_backward_operator.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    form: str,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like: Any = (x, bias, A, B)
+    made = (t.new_empty(t.shape) if need else grad.new_empty(0) for t, need in zip(like, needs, strict=True))
+    return cast(Any, tuple(made))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, scaling, form, dtype = inputs
+    ctx.options = scaling, form, dtype
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _operator_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Any:
+    *tensors, kept = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
+    found = _backward_operator(grad, *tensors, kept, *ctx.options, needs)
+    dx, dbias, dA, dB = (g if need else None for g, need in zip(found, needs, strict=True))
+    return dx, None, dbias, dA, dB, None, None, None
+
+
+_operator.register_autograd(_operator_backward, setup_context=_keep)

@@ -1,0 +1,97 @@
+"""LoRMA₊ without forming anything of size n × n, and with nothing kept that LoRA does not keep.
+
+With g the gradient of the output and s·B written as ``Bs``:
+
+* ``low_rank_linear`` is side ``pre`` on a plain weight: ``out = y + u·Bsᵀ + bias`` with ``y = x·W0ᵀ`` and ``u = y·Aᵀ``.
+  Kept are x (shared by query, key and value) and u (b × r), never y. ``v = g·Bs``, ``dx = g·W0 + v·(A·W0)``,
+  ``dA = (vᵀx)·W0ᵀ``, ``dB = s·gᵀu``.
+* ``low_rank`` multiplies activations z, whoever made them: ``out = z + u·Bsᵀ``, ``u = (z − bias)·Aᵀ``. On the output of
+  a base layer that is side ``pre``, on its input side ``post``. ``dz = g + v·A``, ``dA = vᵀ(z − bias)``.
+
+Thin products are written for the libraries that compute them: on a CPU ``(uᵀg)ᵀ`` takes a third to a seventh of the
+time of ``gᵀu``, and ``g·Bs`` two thirds when ``Bsᵀ`` is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorma.functional import multiplier_update
+from lorma.kernels.form import Form, Gradients, Operands, as_rows, register
+
+_FEW = 64
+"""Tokens up to which copying Bᵀ costs more than it saves."""
+
+
+def _factors(o: Operands) -> tuple[Tensor, Tensor]:
+    """A, and the transpose of s·B made contiguous."""
+    return o.A.to(o.dtype), (o.B.mT * o.scaling).to(o.dtype).contiguous()
+
+
+def _down(y: Tensor, A: Tensor, bias: Tensor | None) -> Tensor:
+    """``(y − bias)·Aᵀ``."""
+    return F.linear(y, A, None if bias is None else -(A @ bias))
+
+
+def _low_rank(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    A, Bt = _factors(o)
+    z = o.rows
+    u = _down(z, A, o.shift)
+    return torch.addmm(z, u, Bt).view(o.x.shape), u
+
+
+def _low_rank_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]) -> Gradients:
+    A, Bt = _factors(o)
+    g, bias = as_rows(grad), o.shift
+    v = F.linear(g, Bt)
+    dz = torch.addmm(g, v, A).view(o.x.shape) if needs[0] else None
+    dA = v.mT @ o.rows if needs[2] else None
+    dB = (u.mT @ g).mT * o.scaling if needs[3] else None
+    dbias = None
+    if bias is not None:
+        total = v.sum(0)
+        dbias = -(total @ A) if needs[1] else None
+        dA = None if dA is None else dA.addr_(total, bias, alpha=-1)
+    return dz, dbias, dA, dB
+
+
+def _low_rank_reference(o: Operands) -> Tensor:
+    return o.x + multiplier_update(o.x if o.bias is None else o.x - o.bias, o.A, o.B, o.scaling, "plus")
+
+
+def _linear(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    bias = o.shift
+    out = F.linear(o.rows, o.base, bias)
+    if len(out) <= _FEW:
+        A, Bt, scaling = o.A.to(o.dtype), o.B.to(o.dtype).mT, o.scaling
+    else:
+        (A, Bt), scaling = _factors(o), 1.0
+    u = _down(out, A, bias)
+    return out.addmm_(u, Bt, alpha=scaling).view(*o.x.shape[:-1], out.shape[-1]), u
+
+
+def _linear_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]) -> Gradients:
+    A, Bt = _factors(o)
+    weight, g = o.base, as_rows(grad)
+    v = F.linear(g, Bt)
+    dx = (g @ weight).addmm_(v, A @ weight).view(o.x.shape) if needs[0] else None
+    dA = (v.mT @ o.rows) @ weight.mT if needs[2] else None
+    dB = (u.mT @ g).mT * o.scaling if needs[3] else None
+    return dx, g.sum(0) if needs[1] else None, dA, dB
+
+
+def _linear_reference(o: Operands) -> Tensor:
+    y = F.linear(o.x, o.base)
+    return (y if o.bias is None else y + o.bias) + multiplier_update(y, o.A, o.B, o.scaling, "plus")
+
+
+def _shape_of_u(o: Operands) -> Sequence[int]:
+    return o.x.shape[:-1].numel(), len(o.A)
+
+
+LOW_RANK = register(Form("low_rank", _low_rank, _low_rank_backward, _low_rank_reference, _shape_of_u))
+LOW_RANK_LINEAR = register(Form("low_rank_linear", _linear, _linear_backward, _linear_reference, _shape_of_u))

@@ -1,0 +1,66 @@
+"""LoRMA on linear layers, whatever holds their weight, and quickly where it is a plain frozen one."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorma import kernels
+from lorma.functional.multiplier import Side
+from lorma.tuners.lorma.channels import ChannelLayer
+
+
+class Linear(ChannelLayer):
+    """LoRMA on ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._folded = kernels.FoldedWeight()
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer stores its weight as in × out."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        weight = None if args or kwargs else plain_weight(self.base_layer)
+        if weight is not None:
+            weight = weight.T if self.fan_in_fan_out else weight
+            bias = cast(Any, self.base_layer).bias
+            (A, B), side, s, inflation = self._factors(name), self.side[name], self.scaling[name], self.inflation[name]
+            out = kernels.multiplied_linear(x, weight, bias, A, B, s, inflation, side, self._folded)
+            if out is not None:
+                return out
+        return super()._forward_alone(x, name, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As every module's; a folded weight is not kept from training to evaluation."""
+        self._folded.clear()
+        return super().train(mode)
+
+    def _set_parameter(self, weight: Tensor) -> None:
+        self._folded.clear()
+        super()._set_parameter(weight)
+
+    def _matrices(self, weight: Tensor, side: Side) -> Tensor:
+        return weight.T if self.fan_in_fan_out else weight
+
+    def _along_rows(self, vector: Tensor, weight: Tensor) -> Tensor:
+        return vector if self.fan_in_fan_out else super()._along_rows(vector, weight)
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """The weight of a linear layer if using it is the same as calling the module.
+
+    It is not if the module is of another class, or somebody hooks into its call to bring, gather or change the weight
+    (accelerate, FSDP, ZeRO-3, ``torch.nn.utils.parametrize``), or if the weight is no ordinary tensor.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if type(module) not in (nn.Linear, Conv1D) or any(hooks) or "forward" in vars(module):
+        return None
+    weight = cast(Tensor, module.weight)
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return None
+    return weight
