@@ -40,27 +40,40 @@ def operands(b: int, n: int, m: int, r: int, dtype: torch.dtype) -> Operands:
     return Operands(torch.randn(b, m, device=DEVICE, dtype=dtype), weight, None, A, B, 1.0, dtype)
 
 
+def activations(o: Operands) -> Operands:
+    """Random activations of the width that is multiplied, without a weight."""
+    z = torch.randn(len(o.x), o.A.shape[-1], device=DEVICE, dtype=o.dtype)
+    return Operands(z, None, None, o.A, o.B, 1.0, o.dtype)
+
+
+def transforms(tokens: int, r: int, n: int) -> float:
+    """Of what ``transform`` in ``lorma.kernels.costs`` is the price."""
+    return tokens * (r + 1) * n * math.log2(n)
+
+
 def measured_rates(dtype: torch.dtype, quick: bool, rounds: int) -> dict[str, float]:
-    """The four rates of one dtype."""
+    """The rates of one dtype."""
     n, r = (128, 8) if quick else (1024, 8)
     many = 1024
     o = operands(many, n, n, r, dtype)
+    odd = operands(many, n * 9 // 8, n, r, dtype)
     square, tiny = torch.randn(n, n, device=DEVICE, dtype=dtype), torch.randn(8, 8, device=DEVICE, dtype=dtype)
     runs: dict[str, Run] = {
         "product": partial(F.linear, o.x, square),
         "form": partial(rotated_matrix, o),
         "back": partial(factor_gradients, o, lambda start, stop: square[start:stop]),
-        "transform": partial(run, CORRELATE, o),
+        "transform": partial(run, CORRELATE, activations(o)),
+        "mixed_transform": partial(run, CORRELATE, activations(odd)),
         "call": partial(F.linear, tiny, tiny),
     }
     with torch.no_grad():
         found = {name: r["seconds"]["p50"] for name, r in interleave(runs, rounds, 3, least_seconds=0.01).items()}
     product = found["product"] / (many * n * n)
-    transforms = many * (r + 1) * n * math.log2(n)
     return {
         "product": product,
         "element": max((found["form"] + found["back"]) / 2 / n**2 - r * product, product),
-        "transform": found["transform"] / transforms,
+        "transform": found["transform"] / transforms(many, r, n),
+        "mixed_transform": found["mixed_transform"] / transforms(many, r, n * 9 // 8),
         "call": found["call"],
     }
 

@@ -21,7 +21,7 @@ from torch.fft import irfft, rfft
 from lorma.functional import apply_multiplier
 from lorma.kernels.form import Form, Gradients, Operands, as_rows, register
 
-_CHUNK = {"cpu": 2**19}
+_CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**26
 """Real numbers of one spectrum-sized tensor, tokens × r × n."""
 

@@ -25,13 +25,15 @@ class Rates:
     Attributes:
         product: multiplication and addition inside a large matrix product.
         element: element of an n × n matrix formed from the factors, or whose gradient is taken back to them.
-        transform: real number through the transforms of one correlation, divided by log₂ n.
+        transform: real number through the transforms of one correlation, divided by log₂ n, with n a power of two.
+        mixed_transform: likewise with n any other even number.
         call: call of an operation, however small.
     """
 
     product: float
     element: float
     transform: float
+    mixed_transform: float
     call: float
 
 
@@ -77,7 +79,8 @@ def costs(shape: Shape, rate: Rates, *, training: bool, folded: bool = False) ->
     b, n, m, r = shape.tokens, shape.n, shape.m, shape.r
     square = n * n
     form = rate.product * r * square + rate.element * square
-    transforms = rate.transform * b * (r + 1) * n * math.log2(max(n, 2))
+    transform = rate.transform if n & (n - 1) == 0 else rate.mixed_transform
+    transforms = transform * b * (r + 1) * n * math.log2(max(n, 2))
     found: dict[Way, float] = {}
     if m:
         fold = 0.0 if folded else form + rate.product * square * m + 3 * rate.call

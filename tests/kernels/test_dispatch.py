@@ -1,0 +1,244 @@
+"""Which way is chosen, when a folded weight is used again, and which layers may be computed past their module."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+
+from lorma import LormaConfig, functional, kernels
+from lorma.kernels import dispatch
+from lorma.kernels.costs import RATES, Rates, Shape, cheapest, costs, rates
+from lorma.kernels.form import Form
+from lorma.tuners.lorma.linear import plain_weight
+
+CPU = RATES["cpu", torch.float32]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Names of the forms that are run."""
+    names = []
+
+    def noting(form: Form, *arguments):
+        names.append(form.name)
+        return run(form, *arguments)
+
+    run = dispatch.run
+    monkeypatch.setattr(dispatch, "run", noting)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (Shape(1, 1024, 1024, 8), "correlate"),
+        (Shape(16, 4096, 4096, 16), "correlate"),
+        (Shape(4096, 768, 768, 8), "fold"),
+        (Shape(8192, 1024, 1024, 8), "fold"),
+        (Shape(4096, 256, 4096, 64), "multiply"),
+        (Shape(4096, 384, 0, 8), "multiply"),
+    ],
+    ids=str,
+)
+def test_the_cheapest_way(shape, expected):
+    assert cheapest(shape, CPU, training=True) == expected
+
+
+def test_costs_follow_the_counts():
+    shape, rate = Shape(1000, 100, 300, 4), Rates(1.0, element=0.0, transform=0.0, mixed_transform=0.0, call=0.0)
+    frozen = 2 * 1000 * 100 * 300
+    form = 4 * 100 * 100
+    found = costs(shape, rate, training=True)
+    assert found["multiply"] - 3 * form == pytest.approx(1.5 * 100 / 300 * frozen)
+    assert found["fold"] - 3 * form == pytest.approx((0.5 + 100 / 1000) * frozen)
+    again = costs(shape, rate, training=True, folded=True)
+    assert found["fold"] - again["fold"] == pytest.approx(100 * 100 * 300 + form)
+    assert "fold" not in costs(Shape(1000, 100, 0, 4), rate, training=True)
+
+
+def test_rates_that_nobody_measured_are_those_nearest_to_it():
+    assert rates("cpu", torch.float64) == CPU
+    assert rates("a new device", torch.bfloat16) == RATES["cpu", torch.bfloat16]
+
+
+def layer(inflation="permutation", side="pre", base=None, **options):
+    """A LoRMA layer on 24 × 16, its factors moved off their start."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.ModuleDict({"p": base or nn.Linear(16, 24)}),
+        LormaConfig(r=3, lorma_alpha=4, target_modules=["p"], inflation=inflation, side=side, **options),
+    )
+    adapted = model.base_model.model["p"]
+    with torch.no_grad():
+        for factor in (adapted.lorma_A["default"], adapted.lorma_B["default"]):
+            factor.add_(0.1 * torch.randn_like(factor))
+    return adapted.train()
+
+
+def definition(adapted, x):
+    base = adapted.get_base_layer()
+    A, B = adapted.lorma_A["default"], adapted.lorma_B["default"]
+    M = functional.multiplier(A, B, adapted.scaling["default"], adapted.inflation["default"])
+    W = M @ base.weight if adapted.side["default"] == "pre" else base.weight @ M
+    return nn.functional.linear(x, W, base.bias)
+
+
+@pytest.fixture
+def folding(monkeypatch):
+    monkeypatch.setattr(dispatch, "cheapest", lambda *_, **__: "fold")
+
+
+def folded(adapted):
+    held = adapted._folded._held
+    return None if held is None else held[0]
+
+
+def micro_step(adapted, x):
+    adapted(x).square().mean().backward()
+
+
+CHANGES = {
+    "an optimiser's step": lambda a: torch.optim.AdamW(a.parameters(), lr=0.1).step(),
+    "a fused optimiser's step": lambda a: torch.optim.AdamW(a.parameters(), lr=0.1, fused=True).step(),
+    "a write in place": lambda a: a.lorma_B["default"].data.add_(0.1),
+    "a write past autograd": lambda a: a.lorma_A["default"].detach().numpy().__iadd__(0.1),
+    "a new factor": lambda a: a.lorma_A.__setitem__("default", nn.Parameter(2 * a.lorma_A["default"].detach())),
+    "another scaling": lambda a: a.set_scaling("default", 0.5),
+    "a change of the base weight": lambda a: a.get_base_layer().weight.data.mul_(2).add_(0),
+    "a new base weight": lambda a: setattr(a.get_base_layer(), "weight", nn.Parameter(torch.ones(24, 16), False)),
+}
+
+
+@pytest.mark.usefixtures("folding")
+@pytest.mark.parametrize("side", ["pre", "post"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folded_weight_is_used_again_until_something_changes(change, side):
+    adapted, x = layer(side=side), torch.randn(5, 16)
+    micro_step(adapted, x)
+    first = folded(adapted)
+    assert first is not None
+    micro_step(adapted, 2 * x)
+    assert folded(adapted) is first
+    if change == "a change of the base weight":
+        with torch.no_grad():
+            adapted.get_base_layer().weight.mul_(2)
+    else:
+        CHANGES[change](adapted)
+    assert_close(adapted(x), definition(adapted, x))
+    assert folded(adapted) is not first
+
+
+@pytest.mark.usefixtures("folding")
+@pytest.mark.parametrize("side", ["pre", "post"])
+def test_accumulated_gradients_are_those_of_one_batch(side):
+    adapted, x = layer(side=side), torch.randn(8, 16)
+    for rows in x.split(2):
+        adapted(rows).square().sum().backward()
+    found = [adapted.lorma_A["default"].grad, adapted.lorma_B["default"].grad]
+    factors = [adapted.lorma_A["default"], adapted.lorma_B["default"]]
+    assert_close(found, list(torch.autograd.grad(definition(adapted, x).square().sum(), factors)))
+
+
+@pytest.mark.usefixtures("folding")
+def test_a_folded_weight_is_not_kept_where_it_is_no_use():
+    adapted, x = layer(), torch.randn(5, 16)
+    with torch.no_grad():
+        adapted(x)
+    assert folded(adapted) is None
+    micro_step(adapted, x)
+    assert folded(copy.deepcopy(adapted)) is None
+    assert folded(pickle.loads(pickle.dumps(adapted))) is None
+    adapted.eval()
+    assert folded(adapted) is None
+    adapted.train()
+    micro_step(adapted, x)
+    adapted.merge()
+    assert folded(adapted) is None
+    adapted.unmerge()
+    assert_close(adapted(x), definition(adapted, x))
+
+
+@pytest.mark.usefixtures("folding")
+def test_a_low_precision_base_is_never_folded(taken):
+    adapted = layer(base=nn.Linear(16, 24).bfloat16())
+    micro_step(adapted, torch.randn(5, 16).bfloat16())
+    assert taken == ["rotate"]
+    taken.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer()(torch.randn(5, 16))
+    assert taken == ["rotate"]
+
+
+EXPECTED = {
+    ("plus", "pre"): "low_rank_linear",
+    ("plus", "post"): "low_rank",
+    ("permutation", "pre"): "fold_pre",
+    ("permutation", "post"): "fold_post",
+}
+
+
+@pytest.mark.parametrize(("inflation", "side"), EXPECTED)
+def test_a_plain_layer(inflation, side, taken):
+    adapted, x = layer(inflation, side), torch.randn(2, 5, 16)
+    assert_close(adapted(x), definition(adapted, x))
+    assert taken == [EXPECTED[inflation, side]]
+
+
+class Special(nn.Linear):
+    """A linear layer of somebody else's."""
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def hooked(attach):
+    calls = []
+    base = nn.Linear(16, 24)
+    attach(base, lambda *_: calls.append(1))
+    return base, calls
+
+
+@pytest.mark.parametrize("attach", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("inflation", ["plus", "permutation"])
+def test_a_hook_on_the_base_layer_is_called(attach, inflation):
+    base, calls = hooked(getattr(nn.Linear, attach))
+    adapted, x = layer(inflation, base=base), torch.randn(5, 16)
+    assert_close(adapted(x), definition(adapted, x))
+    assert calls == [1]
+
+
+def test_where_the_weight_is_not_what_the_module_computes():
+    plain = nn.Linear(16, 24)
+    assert plain_weight(plain) is plain.weight
+    assert plain_weight(Special(16, 24)) is None
+    assert plain_weight(parametrize.register_parametrization(nn.Linear(16, 24), "weight", Doubled())) is None
+    patched = nn.Linear(16, 24)
+    patched.forward = lambda x: x
+    assert plain_weight(patched) is None
+    assert plain_weight(nn.Linear(16, 24).to(torch.float8_e4m3fn)) is None
+
+
+@pytest.mark.parametrize("inflation", ["plus", "permutation"])
+def test_dropout_several_adapters_and_dora_go_the_general_way(inflation, taken):
+    adapted, x = layer(inflation, lorma_dropout=0.5), torch.randn(5, 16)
+    adapted(x)
+    assert taken == []
+    adapted.eval()
+    assert_close(adapted(x), definition(adapted, x))
+    assert len(taken) == 1
+
+
+def test_factors_of_another_dtype_and_the_naive_form_take_the_formula():
+    x, A, B = torch.randn(4, 6).half(), torch.randn(2, 6), torch.randn(6, 2)
+    out = kernels.multiply(x, A, B, 0.5, "plus")
+    assert out.dtype == torch.float16
+    assert_close(out, functional.apply_multiplier(x.float(), A, B, 0.5, "plus").half())
+    assert_close(kernels.multiply(x.float(), A, B, 0.5, "none"), 0.5 * x.float() @ A.T @ B.T)
+    assert kernels.multiplied_linear(x.float(), torch.eye(6), None, A, B, 0.5, "none", "pre") is None
