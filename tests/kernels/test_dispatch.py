@@ -7,8 +7,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from lorma import LormaConfig, functional, kernels
 from lorma.kernels import dispatch
@@ -56,8 +59,6 @@ def test_costs_follow_the_counts():
     found = costs(shape, rate, training=True)
     assert found["multiply"] - 3 * form == pytest.approx(1.5 * 100 / 300 * frozen)
     assert found["fold"] - 3 * form == pytest.approx((0.5 + 100 / 1000) * frozen)
-    again = costs(shape, rate, training=True, folded=True)
-    assert found["fold"] - again["fold"] == pytest.approx(100 * 100 * 300 + form)
     assert "fold" not in costs(Shape(1000, 100, 0, 4), rate, training=True)
 
 
@@ -164,6 +165,81 @@ def test_a_folded_weight_is_not_kept_where_it_is_no_use():
 
 
 @pytest.mark.usefixtures("folding")
+def test_a_folded_weight_of_a_transposed_base_is_used_again():
+    base = Conv1D(24, 16).requires_grad_(False)
+    adapted, x = layer(base=base), torch.randn(5, 16)
+    micro_step(adapted, x)
+    first = folded(adapted)
+    micro_step(adapted, x)
+    assert folded(adapted) is first
+
+
+@pytest.mark.usefixtures("folding")
+@pytest.mark.parametrize("why", ["a trained base weight", "a scaling that is a tensor"])
+def test_a_folded_weight_that_could_not_be_used_again_is_not_held(why):
+    adapted, x = layer(), torch.randn(5, 16)
+    if why == "a trained base weight":
+        adapted.get_base_layer().weight.requires_grad_()
+    else:
+        adapted.scaling["default"] = torch.tensor(4 / 3)
+    micro_step(adapted, x)
+    assert folded(adapted) is None
+    assert_close(adapted(x), definition(adapted, x))
+
+
+def test_checkpointed_and_not_in_one_graph():
+    """The way is chosen by sizes alone, so what a checkpoint recomputes is what it computed."""
+    adapted = layer(base=nn.Linear(256, 256))
+    x, y = torch.randn(183, 256, requires_grad=True), torch.randn(9000, 256)
+    loss = checkpoint(adapted, x, use_reentrant=False).square().sum() + adapted(y).square().sum()
+    factors = [adapted.lorma_A["default"], adapted.lorma_B["default"]]
+    expected = definition(adapted, x).square().sum() + definition(adapted, y).square().sum()
+    found = torch.autograd.grad(loss, factors)
+    assert_close(found, torch.autograd.grad(expected, factors), atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("inflation", ["plus", "permutation"])
+def test_one_graph_for_a_dynamic_number_of_tokens(inflation, grad):
+    torch._dynamo.reset()
+    adapted = layer(inflation)
+    compiled = torch.compile(adapted, backend="eager", fullgraph=True, dynamic=True)
+    with torch.set_grad_enabled(grad):
+        for tokens in (3, 40, 2000):
+            x = torch.randn(tokens, 16)
+            assert_close(compiled(x), definition(adapted, x), atol=1e-5, rtol=1e-5)
+
+
+def test_the_start_in_bfloat16_is_the_base_layer_wherever_the_formula_takes_over():
+    torch.manual_seed(0)
+    base = nn.Linear(256, 256, bias=False).bfloat16()
+    config = LormaConfig(r=8, lorma_alpha=12, target_modules=["p"], inflation="permutation")
+    adapted = get_peft_model(nn.ModuleDict({"p": base}), config).base_model.model["p"]
+    x = torch.randn(64, 256).bfloat16()
+    with torch.no_grad():
+        expected = base(x)
+        assert_close(adapted(x), expected, atol=1e-6, rtol=0)
+        torch._dynamo.reset()
+        assert_close(torch.compile(adapted, backend="eager")(x), expected, atol=1e-6, rtol=0)
+        assert_close(torch.func.vmap(adapted)(x[:, None])[:, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_autocast_rounds_the_update_of_an_embedding_and_not_the_embedding():
+    model = nn.ModuleDict({"p": nn.Embedding(8, 64)})
+    adapted = get_peft_model(model, LormaConfig(target_modules=["p"])).base_model.model["p"]
+    tokens = torch.arange(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapted(tokens), adapted.get_base_layer()(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_input_is_kept_whatever_its_dtype(dtype, taken):
+    with torch.autocast("cpu", torch.bfloat16):
+        layer("plus")(torch.randn(5, 16, dtype=dtype))
+    assert taken == ["low_rank_linear"]
+
+
+@pytest.mark.usefixtures("folding")
 def test_a_low_precision_base_is_never_folded(taken):
     adapted = layer(base=nn.Linear(16, 24).bfloat16())
     micro_step(adapted, torch.randn(5, 16).bfloat16())
@@ -212,6 +288,16 @@ def test_a_hook_on_the_base_layer_is_called(attach, inflation):
     adapted, x = layer(inflation, base=base), torch.randn(5, 16)
     assert_close(adapted(x), definition(adapted, x))
     assert calls == [1]
+
+
+def test_a_hook_on_every_module_sees_the_base_layer():
+    adapted, seen = layer("plus"), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        adapted(torch.randn(5, 16))
+    finally:
+        handle.remove()
+    assert adapted.get_base_layer() in seen
 
 
 def test_where_the_weight_is_not_what_the_module_computes():

@@ -121,6 +121,48 @@ def test_a_gradient_that_is_not_contiguous_or_expanded(name):
     assert_close(found, expected, **exact)
 
 
+@pytest.mark.parametrize("lead", [(), (2,)], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_the_output_may_be_changed_in_place(name, lead):
+    problem = Problem(name, lead=lead)
+    found = torch.autograd.grad(problem(*problem.inputs).mul_(2).relu_().sum(), (problem.x, problem.A, problem.B))
+    expected = problem.definition(*problem.inputs).mul(2).relu().sum()
+    assert_close(found, torch.autograd.grad(expected, (problem.x, problem.A, problem.B)), **exact)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_graph_of_gradients_where_a_factor_is_in_the_history_of_the_input(name):
+    problem = Problem(name, d=5, k=5, bias="trained")
+    wanted = (problem.A, problem.B, problem.bias)
+
+    def loss(function):
+        return function(function(*problem.inputs), *problem.inputs[1:]).square().sum()
+
+    found = torch.autograd.grad(loss(problem), wanted, create_graph=True)
+    assert_close(found, torch.autograd.grad(loss(problem.definition), wanted), **exact)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_input_from_inference_mode_can_be_trained_on(name):
+    problem = Problem(name)
+    with torch.inference_mode():
+        x = problem.x.detach().clone()
+    found = torch.autograd.grad(problem(x, *problem.inputs[1:]).sum(), (problem.A, problem.B))
+    expected = problem.definition(*problem.inputs).sum()
+    assert_close(found, torch.autograd.grad(expected, (problem.A, problem.B)), **exact)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_operators_say_what_they_make(name):
+    p = Problem(name, bias="trained")
+    tensors = (p.x, p.weight, p.bias, p.A, p.B)
+    with torch.no_grad():
+        out, kept = torch.ops.lorma.multiplied(*tensors, p.scaling, name, p.dtype)
+        for needs in ([True] * 4, [True, False, False, True], [False, True, True, False]):
+            arguments = (out, *tensors, kept, p.scaling, name, p.dtype, needs)
+            torch.library.opcheck(torch.ops.lorma.multiplied_backward, arguments, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", FORMS)
 def test_without_gradients(name, mode):

@@ -1,8 +1,9 @@
 """What each way of computing LoRMAπ costs, from measured rates, and which is the cheapest.
 
-Operations are counted; how long one takes was measured (``python benchmarks/cost_model.py``, which writes
-``costs.json``) for each kind of device and dtype. Rates are fixed in the package and not measured on the user's
-machine, so that the same run makes the same choices, and the same rounding, wherever and whenever it is repeated.
+Operations are counted; how long one takes was measured (``python benchmarks/cost_model.py``) for the devices and dtypes
+that are listed in ``costs.json``; others borrow the rates nearest to theirs. Rates are fixed in the package and not
+measured on the user's machine, so that the same run makes the same choices, and the same rounding, whenever it is
+repeated.
 """
 
 from __future__ import annotations
@@ -67,14 +68,13 @@ def rates(device: str, dtype: torch.dtype) -> Rates:
     return RATES["cpu", torch.float32]
 
 
-def costs(shape: Shape, rate: Rates, *, training: bool, folded: bool = False) -> dict[Way, float]:
+def costs(shape: Shape, rate: Rates, *, training: bool) -> dict[Way, float]:
     """Seconds that each way takes beyond the frozen layer.
 
     Args:
         shape: what is computed; with ``m = 0`` the weight cannot be folded.
         rate: what operations cost.
         training: whether a backward pass follows.
-        folded: the folded weight is at hand from an earlier call.
     """
     b, n, m, r = shape.tokens, shape.n, shape.m, shape.r
     square = n * n
@@ -83,7 +83,7 @@ def costs(shape: Shape, rate: Rates, *, training: bool, folded: bool = False) ->
     transforms = transform * b * (r + 1) * n * math.log2(max(n, 2))
     found: dict[Way, float] = {}
     if m:
-        fold = 0.0 if folded else form + rate.product * square * m + 3 * rate.call
+        fold = form + rate.product * square * m + 3 * rate.call
         back = rate.product * (b * n * m + square * m) + 2 * form + 8 * rate.call
         found["fold"] = fold + (back if training else 0.0)
     multiply = form + rate.product * b * square + 4 * rate.call
@@ -93,7 +93,14 @@ def costs(shape: Shape, rate: Rates, *, training: bool, folded: bool = False) ->
     return found
 
 
-def cheapest(shape: Shape, rate: Rates, *, training: bool, folded: bool = False) -> Way:
-    """The way with the smallest of :func:`costs`."""
-    found = costs(shape, rate, training=training, folded=folded)
-    return min(found, key=lambda way: found[way])
+def cheapest(shape: Shape, rate: Rates, *, training: bool) -> Way:
+    """The way with the smallest of :func:`costs`.
+
+    Nothing but sizes counts, not even a folded weight that is at hand: what is recomputed must come out the same.
+    """
+    found = costs(shape, rate, training=training)
+    best: Way = "multiply"
+    for way, cost in found.items():
+        if cost < found[best]:
+            best = way
+    return best

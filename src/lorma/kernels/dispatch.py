@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,25 +16,14 @@ from lorma.kernels.low_rank import LOW_RANK, LOW_RANK_LINEAR
 from lorma.kernels.permutation import FOLD_POST, FOLD_PRE, ROTATE, folded_post, folded_pre
 
 
-def computation_dtype(x: Tensor, A: Tensor) -> torch.dtype | None:
-    """What products are computed in: autocast's dtype, that of ``x`` and A, or bfloat16 if ``x`` is; None otherwise.
-
-    None stands for factors wider than the activations in a format that overflows or that is not known here; there the
-    update is computed in the wider dtype.
-    """
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    if x.dtype == A.dtype or (x.dtype == torch.bfloat16 and A.dtype == torch.float32):
-        return x.dtype
-    return None
-
-
 def multiply(
     x: Tensor, A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation, bias: Tensor | None = None
 ) -> Tensor:
-    """``I(BA)·(x − bias) + bias`` for every row of ``x`` (…, n), in the dtype of ``x`` or in autocast's.
+    """``I(BA)·(x − bias) + bias`` for every row of ``x`` (…, n), in the dtype of ``x``.
+
+    Products are computed in autocast's dtype, in that of ``x`` and A, or in bfloat16 if ``x`` is. Where the factors are
+    wider than ``x`` in another format, or autocast's dtype is narrower than ``x``, the eager formula adds the update to
+    an ``x`` that is not rounded.
 
     Args:
         x: activations; the output of a base layer with its ``bias`` (side ``pre``), or its input (``post``).
@@ -46,15 +33,13 @@ def multiply(
         inflation: which multiplier.
         bias: what is not multiplied.
     """
-    dtype = computation_dtype(x, A)
-    if dtype is None or A.ndim > 2 or inflation == "none":
-        wide = torch.promote_types(x.dtype, A.dtype)
-        inner = (x if bias is None else x - bias).to(wide)
-        return (x + multiplier_update(inner, A.to(wide), B.to(wide), scaling, inflation)).to(x.dtype)
-    operands = _operands(x, None, bias, A, B, scaling, dtype)
-    if inflation == "plus":
-        return run(LOW_RANK, operands)
-    return run(CORRELATE if _way(operands, folded=False) == "correlate" else ROTATE, operands)
+    dtype = _computation_dtype(x, A)
+    if dtype == x.dtype and A.ndim == 2 and inflation != "none":
+        return _activations(_operands(x, None, bias, A, B, scaling, dtype), inflation)
+    if dtype != x.dtype or inflation != "plus":
+        dtype = torch.promote_types(x.dtype, A.dtype)
+    inner = (x if bias is None else x - bias).to(dtype)
+    return (x + multiplier_update(inner, A.to(dtype), B.to(dtype), scaling, inflation)).to(x.dtype)
 
 
 def multiplied_linear(
@@ -66,6 +51,8 @@ def multiplied_linear(
     scaling: Scaling,
     inflation: Inflation,
     side: Side,
+    *,
+    transposed: bool = False,
     folded: FoldedWeight | None = None,
 ) -> Tensor | None:
     """``x·(I(BA)·W0)ᵀ + bias`` (side ``pre``) or ``x·(W0·I(BA))ᵀ + bias`` (``post``) for a weight at hand.
@@ -76,35 +63,65 @@ def multiplied_linear(
         bias: d, not multiplied.
         A, B, scaling, inflation: as for :func:`multiply`.
         side: n = d for ``pre``, n = k for ``post``.
+        transposed: whether ``weight`` is given as k × d.
         folded: holds a folded weight between calls, where folding is cheapest.
 
     Returns:
         (…, d), or None if there is no form for these dtypes.
     """
-    dtype = computation_dtype(x, A)
-    if dtype is None or inflation == "none" or (dtype == x.dtype and weight.dtype != dtype):
+    dtype = _computation_dtype(x, A)
+    if dtype is None or inflation == "none" or (_autocast_dtype(x) is None and weight.dtype != x.dtype):
         return None
-    operands = _operands(x, weight, bias, A, B, scaling, dtype)
+    W = weight.T if transposed else weight
+    o = _operands(x, W, bias, A, B, scaling, dtype)
     if inflation == "plus" and side == "pre":
-        return run(LOW_RANK_LINEAR, operands)
-    if inflation == "permutation" and dtype.itemsize >= 4:
-        if torch.compiler.is_compiling() or only_plain_operations():
-            folded = None
-        kept = folded.look_up(weight, A, B, operands.scaling) if folded is not None else None
-        if _way(operands, folded=kept is not None) == "fold":
-            return _fold(operands, side, folded, kept)
+        return run(LOW_RANK_LINEAR, o)
+    if inflation == "permutation" and dtype.itemsize >= 4 and _way(o) == "fold":
+        form, fold = (FOLD_PRE, folded_pre) if side == "pre" else (FOLD_POST, folded_post)
+        kept = None
+        if folded is not None and not isinstance(scaling, Tensor) and _may_hold(o):
+            kept = folded.look_up(weight, A, B, scaling)
+            if kept is None:
+                with torch.no_grad(), without_autocast(x):
+                    kept = fold(o)
+                folded.keep(kept, weight, A, B, scaling)
+        return run(form, o, kept)
     if side == "pre":
-        return multiply(F.linear(x, weight, bias), A, B, scaling, inflation, bias)
-    return F.linear(multiply(x, A, B, scaling, inflation), weight, bias)
+        y = F.linear(x, W, bias)
+        return _activations(_operands(y, None, bias, A, B, scaling, dtype), inflation)
+    return F.linear(_activations(_operands(x, None, None, A, B, scaling, dtype), inflation), W, bias)
 
 
-def _fold(o: Operands, side: Side, held: FoldedWeight | None, kept: Tensor | None) -> Tensor:
-    form, fold = (FOLD_PRE, folded_pre) if side == "pre" else (FOLD_POST, folded_post)
-    if held is not None and kept is None and torch.is_grad_enabled():
-        with torch.no_grad(), without_autocast(o.x):
-            kept = fold(o)
-        held.keep(kept, cast(Tensor, o.weight), o.A, o.B, o.scaling)
-    return run(form, o, kept)
+def _activations(o: Operands, inflation: Inflation) -> Tensor:
+    if inflation == "plus":
+        return run(LOW_RANK, o)
+    return run(CORRELATE if _way(o) == "correlate" else ROTATE, o)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds ``x`` to before a product; None if it leaves it alone."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and x.is_floating_point() and x.dtype != torch.float64 else None
+
+
+def _computation_dtype(x: Tensor, A: Tensor) -> torch.dtype | None:
+    """What products are computed in; None where the factors are wider than ``x`` in a format that overflows."""
+    autocast = _autocast_dtype(x)
+    if autocast is not None:
+        return autocast
+    fits = x.dtype == A.dtype or (x.dtype == torch.bfloat16 and A.dtype == torch.float32)
+    return x.dtype if fits else None
+
+
+def _may_hold(o: Operands) -> bool:
+    """Whether a folded weight may outlive the call: only while training here, and where no weight is sharded."""
+    if torch.compiler.is_compiling() or only_plain_operations() or not torch.is_grad_enabled():
+        return False
+    weight = o.base
+    if weight.requires_grad or weight.is_inference():
+        return False
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _operands(
@@ -115,9 +132,10 @@ def _operands(
     return Operands(x, weight, bias, A, B, scaling, dtype)
 
 
-def _way(o: Operands, *, folded: bool) -> Way:
+def _way(o: Operands) -> Way:
+    if only_plain_operations():
+        return "multiply"
     n = o.A.shape[-1]
     m = 0 if o.weight is None else o.weight.numel() // n
-    training = torch.is_grad_enabled() and (o.A.requires_grad or o.B.requires_grad)
-    shape = Shape(o.x.numel() // o.x.shape[-1], n, m, len(o.A))
-    return cheapest(shape, rates(o.x.device.type, o.dtype), training=training, folded=folded)
+    training = torch.is_grad_enabled() and (o.x.requires_grad or o.A.requires_grad or o.B.requires_grad)
+    return cheapest(Shape(o.x.shape[:-1].numel(), n, m, len(o.A)), rates(o.x.device.type, o.dtype), training=training)

@@ -25,8 +25,9 @@ class FoldedWeight:
     """Holds ``I(BA)·W0`` between forward passes, for the micro-batches of one optimiser step.
 
     A change of W0, A, B or s is known by the identity and version of the tensors and by the steps of optimisers, which
-    may pass versions by. On a CPU it is A and B themselves that are compared with copies (2·r·n numbers); elsewhere
-    that would make the host wait, and a write by hand through ``A.data`` goes unnoticed. A copy or a pickle is empty.
+    may pass versions by. On a CPU A and B are compared with copies besides (2·r·n numbers); elsewhere that would make
+    the host wait. So a write by hand through ``W0.data``, or off the CPU through ``A.data``, goes unnoticed until the
+    layer is switched to ``train()`` or ``eval()``. A copy or a pickle is empty.
     """
 
     def __init__(self) -> None:
@@ -57,5 +58,4 @@ class FoldedWeight:
 
 
 def _state(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Any, ...]:
-    compared = A.device.type == "cpu"
-    return (*((t.data_ptr(), t._version) for t in (weight, A, B)), scaling, 0 if compared else _steps)
+    return (*((t.data_ptr(), t._version) for t in (weight, A, B)), scaling, _steps)

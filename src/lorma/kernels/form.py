@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -63,11 +63,13 @@ class Form:
     """One way of computing; see the module's text.
 
     Attributes:
-        forward: operands and what an earlier call with the same weight and factors has kept, or None → the output and
-            what is kept for the backward pass.
-        backward: gradient of the output, operands, what was kept, which gradients are needed → those gradients.
-        reference: operands, all of one dtype → the output, in eager differentiable PyTorch.
+        forward: operands and what an earlier call with the same weight and factors has kept, or None → the output, one
+            row for each token, and what is kept for the backward pass.
+        backward: gradient of the rows, operands, what was kept, which gradients are needed → those gradients.
+        reference: operands, with ``x``, weight and bias in the dtype of the computation → the output in the shape of
+            ``x``, in eager differentiable PyTorch.
         kept_shape: operands → shape of what is kept.
+        costly_reference: whether the formula costs so much more that a compiled model must not take it.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Form:
     backward: Callable[[Tensor, Operands, Tensor, Sequence[bool]], Gradients]
     reference: Callable[[Operands], Tensor]
     kept_shape: Callable[[Operands], Sequence[int]]
+    costly_reference: bool = False
 
 
 FORMS: dict[str, Form] = {}
@@ -101,15 +104,20 @@ def run(form: Form, operands: Operands, kept: Tensor | None = None) -> Tensor:
     grad = torch.is_grad_enabled()
     differentiable = grad and any(t is not None and t.requires_grad for t in tensors)
     trained = grad and o.weight is not None and o.weight.requires_grad
-    compiling = torch.compiler.is_compiling()
-    if trained or only_plain_operations() or (compiling and not differentiable):
+    if trained or only_plain_operations():
         return _reference(form, o)
-    if compiling:
-        return cast(Tensor, _operator(o.x, o.weight, o.bias, o.A, o.B, o.scaling, form.name, o.dtype)[0])
-    if not differentiable:
+    if torch.compiler.is_compiling():
+        if not differentiable and not form.costly_reference:
+            return _reference(form, o)
+        out = _operator(o.x, o.weight, o.bias, o.A, o.B, o.scaling, form.name, o.dtype)[0]
+    elif not differentiable:
         with without_autocast(o.x):
-            return form.forward(o, kept)[0]
-    return cast(Tensor, _Run.apply(form, o.scaling, o.dtype, o.x, o.weight, o.bias, o.A, o.B, kept))
+            out = form.forward(o, kept)[0]
+    else:
+        x = o.x.clone() if o.x.is_inference() else o.x
+        out = _Run.apply(form, o.scaling, o.dtype, x, o.weight, o.bias, o.A, o.B, kept)
+    # Here and not inside, where autograd would forbid changing the output in place.
+    return cast(Tensor, out).view(*o.x.shape[:-1], out.shape[-1])
 
 
 def only_plain_operations() -> bool:
@@ -127,9 +135,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _reference(form: Form, o: Operands) -> Tensor:
-    x, weight, bias, A, B = (None if t is None else t.to(o.dtype) for t in (o.x, o.weight, o.bias, o.A, o.B))
+    x, weight, bias = (None if t is None else t.to(o.dtype) for t in (o.x, o.weight, o.bias))
     with without_autocast(o.x):
-        return form.reference(Operands(cast(Any, x), weight, bias, cast(Any, A), cast(Any, B), o.scaling, o.dtype))
+        return form.reference(replace(o, x=cast(Tensor, x), weight=weight, bias=bias))
 
 
 class _Run(torch.autograd.Function):
@@ -158,14 +166,20 @@ class _Run(torch.autograd.Function):
 def _gradients(form: Form, grad: Tensor, o: Operands, kept: Tensor, needs: Sequence[bool]) -> Gradients:
     """Gradients in the dtypes of the tensors they belong to."""
     found = form.backward(grad.to(o.dtype), o, kept, needs)
-    like = (o.x, o.bias, o.A, o.B)
-    return cast(Gradients, tuple(g if g is None else g.to(cast(Any, t)) for g, t in zip(found, like, strict=True)))
+    like: Any = (o.x, o.bias, o.A, o.B)
+    triples = zip(found, like, needs, strict=True)
+    return cast(Gradients, tuple(g.to(t.dtype) if need and g is not None else None for g, t, need in triples))
 
 
 def _differentiable_gradients(form: Form, grad: Tensor, o: Operands, needs: Sequence[bool]) -> Gradients:
-    """Gradients that can themselves be differentiated (``create_graph=True``), from the reference."""
-    wanted: list[Any] = [t for t, need in zip((o.x, o.bias, o.A, o.B), needs, strict=True) if need]
-    out = _reference(form, o)
+    """Gradients that can themselves be differentiated (``create_graph=True``), from the reference.
+
+    They are taken with respect to aliases: A may also be in the history of ``x``, which is not asked for here.
+    """
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in (o.x, o.bias, o.A, o.B)]
+    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+    x, bias, A, B = aliases
+    out = as_rows(_reference(form, replace(o, x=x, bias=bias, A=A, B=B)))
     found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
     return cast(Gradients, tuple(next(found) if need else None for need in needs))
 
@@ -198,7 +212,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     width = x.shape[-1] if weight is None else weight.shape[0]
     kept = FORMS[form].kept_shape(Operands(x, weight, bias, A, B, scaling, dtype))
-    return x.new_empty((*x.shape[:-1], width), dtype=dtype), x.new_empty(tuple(kept), dtype=dtype)
+    return x.new_empty((x.shape[:-1].numel(), width), dtype=dtype), x.new_empty(tuple(kept), dtype=dtype)
 
 
 @torch.library.custom_op("lorma::multiplied_backward", mutates_args=())

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorma.functional import multiplier_update
+from lorma.kernels import triton_low_rank
 from lorma.kernels.form import Form, Gradients, Operands, as_rows, register
 
 _FEW = 64
@@ -37,11 +38,18 @@ def _down(y: Tensor, A: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(y, A, None if bias is None else -(A @ bias))
 
 
+def _in_one_launch(out: Tensor, o: Operands) -> tuple[Tensor, Tensor]:
+    u = out.new_empty(len(out), len(o.A))
+    return triton_low_rank.low_rank_update(out, o.shift, o.A, o.B, o.scaling, u), u
+
+
 def _low_rank(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
-    A, Bt = _factors(o)
     z = o.rows
+    if triton_low_rank.available(z, len(o.A)):
+        return _in_one_launch(z, o)
+    A, Bt = _factors(o)
     u = _down(z, A, o.shift)
-    return torch.addmm(z, u, Bt).view(o.x.shape), u
+    return torch.addmm(z, u, Bt), u
 
 
 def _low_rank_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]) -> Gradients:
@@ -60,18 +68,22 @@ def _low_rank_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[boo
 
 
 def _low_rank_reference(o: Operands) -> Tensor:
-    return o.x + multiplier_update(o.x if o.bias is None else o.x - o.bias, o.A, o.B, o.scaling, "plus")
+    A, B = o.A.to(o.dtype), o.B.to(o.dtype)
+    return o.x + multiplier_update(o.x if o.bias is None else o.x - o.bias, A, B, o.scaling, "plus")
 
 
 def _linear(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
     bias = o.shift
-    out = F.linear(o.rows, o.base, bias)
-    if len(out) <= _FEW:
-        A, Bt, scaling = o.A.to(o.dtype), o.B.to(o.dtype).mT, o.scaling
-    else:
-        (A, Bt), scaling = _factors(o), 1.0
-    u = _down(out, A, bias)
-    return out.addmm_(u, Bt, alpha=scaling).view(*o.x.shape[:-1], out.shape[-1]), u
+    few = o.x.shape[:-1].numel() <= _FEW
+    # In low precision a large bias, added before, would take the last bits of what is multiplied.
+    late = bias is not None and o.dtype.itemsize < 4
+    out = F.linear(o.rows, o.base, None if late else bias)
+    if not late and triton_low_rank.available(out, len(o.A)):
+        return _in_one_launch(out, o)
+    (A, Bt), scaling = ((o.A.to(o.dtype), o.B.to(o.dtype).mT), o.scaling) if few else (_factors(o), 1.0)
+    u = _down(out, A, None if late else bias)
+    out.addmm_(u, Bt, alpha=scaling)
+    return out.add_(bias) if late and bias is not None else out, u
 
 
 def _linear_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]) -> Gradients:
@@ -86,7 +98,8 @@ def _linear_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]
 
 def _linear_reference(o: Operands) -> Tensor:
     y = F.linear(o.x, o.base)
-    return (y if o.bias is None else y + o.bias) + multiplier_update(y, o.A, o.B, o.scaling, "plus")
+    A, B = o.A.to(o.dtype), o.B.to(o.dtype)
+    return (y if o.bias is None else y + o.bias) + multiplier_update(y, A, B, o.scaling, "plus")
 
 
 def _shape_of_u(o: Operands) -> Sequence[int]:

@@ -16,12 +16,12 @@ gradient of M is made and used up by blocks of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorma.functional import apply_multiplier
 from lorma.kernels.circular import permuted
 from lorma.kernels.form import Form, Gradients, Operands, as_rows, register
 from lorma.kernels.rotation import factor_gradients, rotated_matrix, rotated_rows, row_blocks
@@ -43,7 +43,7 @@ def _rotate(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
     out = F.linear(z, M, shift)
     if apart:
         out += z
-    return out.view(o.x.shape), M if _keeps_multiplier(o) else M.new_empty(0)
+    return out, M if _keeps_multiplier(o) else M.new_empty(0)
 
 
 def _rotate_backward(grad: Tensor, o: Operands, kept: Tensor, needs: Sequence[bool]) -> Gradients:
@@ -100,7 +100,7 @@ def _folding(
 ) -> Form:
     def forward(o: Operands, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         folded = fold(o) if kept is None else kept
-        return F.linear(o.x.to(o.dtype), folded, o.shift), folded
+        return F.linear(o.rows, folded, o.shift), folded
 
     def backward(grad: Tensor, o: Operands, folded: Tensor, needs: Sequence[bool]) -> Gradients:
         g = as_rows(grad)
@@ -114,12 +114,12 @@ def _folding(
 
 
 def _fold_pre_reference(o: Operands) -> Tensor:
-    out = apply_multiplier(F.linear(o.x, o.base), o.A, o.B, o.scaling, "permutation")
+    out = permuted(replace(o, x=F.linear(o.x, o.base), bias=None))
     return out if o.bias is None else out + o.bias
 
 
 def _fold_post_reference(o: Operands) -> Tensor:
-    return F.linear(apply_multiplier(o.x, o.A, o.B, o.scaling, "permutation"), o.base, o.bias)
+    return F.linear(permuted(replace(o, bias=None)), o.base, o.bias)
 
 
 def _shape_of_kept(o: Operands) -> Sequence[int]:

@@ -65,12 +65,12 @@ def factor_gradients(o: Operands, gradient_rows: Callable[[int, int], Tensor]) -
     """
     n = o.A.shape[-1]
     A, B = o.A.to(o.dtype), o.B.to(o.dtype)
-    dA, parts = torch.zeros_like(A), []
+    dA, parts = A.new_zeros(A.shape, dtype=torch.promote_types(o.A.dtype, o.dtype)), []
     for start, stop in row_blocks(n):
         gradient = gradient_rows(start, stop)
         count = stop - start
         turned = torch.cat((gradient[:, start:], gradient[:, :stop]), dim=-1)
         back = turned.as_strided((count, n), (n + count + 1, 1))
         parts.append(F.linear(back, A))
-        dA.addmm_(B[start:stop].mT, back)
+        dA += B[start:stop].mT @ back
     return dA * o.scaling, torch.cat(parts) * o.scaling

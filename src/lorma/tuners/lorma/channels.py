@@ -79,11 +79,11 @@ class ChannelLayer(nn.Module, LormaLayer):
 
     def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         if self._acts_on_inputs(name):
-            return self.base_layer(self._multiplied(x, name).to(x.dtype), *args, **kwargs)
+            return self.base_layer(self._multiplied(x, name), *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         with in_place((self.get_base_layer(),)):
             bias = getattr(self.get_base_layer(), "bias", None)
-            return self._multiplied(result, name, None if bias is None else whole(bias)).to(result.dtype)
+            return self._multiplied(result, name, None if bias is None else whole(bias))
 
     def _multiplied(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
         (A, B), s, inflation = self._factors(name), self.scaling[name], self.inflation[name]
@@ -103,11 +103,11 @@ class ChannelLayer(nn.Module, LormaLayer):
     # A mixed batch: for each row its own adapter
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        def known(name: str) -> tuple[bool, int] | None:
+        def kind_of(name: str) -> tuple[bool, int] | None:
             plain = self.inflation[name] == "plus" and self._is_plain(name, x)
             return (self._acts_on_inputs(name), len(self.lorma_A[name])) if plain else None
 
-        routes, groups = divide(adapter_names, known, x.device)
+        routes, groups = divide(adapter_names, self.undo, kind_of, x.device)
         for group in groups:
             if group.on_inputs:
                 x = self._multiplied_rows(x, group)
@@ -127,7 +127,7 @@ class ChannelLayer(nn.Module, LormaLayer):
         B = torch.stack([b * self.scaling[name] for (_, b), name in zip(factors, group.names, strict=True)])
         tokens = part.reshape(len(part), -1, part.shape[-1])
         product = kernels.multiply(tokens, A, B, 1.0, "plus", None if bias is None else whole(bias))
-        return x.index_copy(0, group.rows, self._channels_back(product.view(part.shape)).to(x.dtype))
+        return x.index_copy(0, group.rows, self._channels_back(product.view(part.shape)))
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

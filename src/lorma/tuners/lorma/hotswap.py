@@ -105,7 +105,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         raise ValueError(f"{path} holds {next(iter(state))}, which the loaded adapter does not have")
     with torch.no_grad():
         for old, new in swaps:
-            old.data.copy_(new)
+            old.copy_(new)
     for layer in layers:
         r, alpha = rank_and_alpha(config, layer.pattern_name)
         layer.set_scaling(adapter_name, config.scaling(r, alpha))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from lorma import kernels
@@ -27,10 +28,11 @@ class Linear(ChannelLayer):
     def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         weight = None if args or kwargs else plain_weight(self.base_layer)
         if weight is not None:
-            weight = weight.T if self.fan_in_fan_out else weight
             bias = cast(Any, self.base_layer).bias
             (A, B), side, s, inflation = self._factors(name), self.side[name], self.scaling[name], self.inflation[name]
-            out = kernels.multiplied_linear(x, weight, bias, A, B, s, inflation, side, self._folded)
+            out = kernels.multiplied_linear(
+                x, weight, bias, A, B, s, inflation, side, transposed=self.fan_in_fan_out, folded=self._folded
+            )
             if out is not None:
                 return out
         return super()._forward_alone(x, name, *args, **kwargs)
@@ -39,6 +41,10 @@ class Linear(ChannelLayer):
         """As every module's; a folded weight is not kept from training to evaluation."""
         self._folded.clear()
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._folded.clear()
+        return super()._apply(*args, **kwargs)
 
     def _set_parameter(self, weight: Tensor) -> None:
         self._folded.clear()
@@ -58,7 +64,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     (accelerate, FSDP, ZeRO-3, ``torch.nn.utils.parametrize``), or if the weight is no ordinary tensor.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if type(module) not in (nn.Linear, Conv1D) or any(hooks) or "forward" in vars(module):
+    if type(module) not in (nn.Linear, Conv1D) or any(hooks) or "forward" in vars(module) or _has_any_global_hook():
         return None
     weight = cast(Tensor, module.weight)
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:

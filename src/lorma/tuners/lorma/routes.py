@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -29,21 +29,23 @@ class Group:
 
 
 def divide(
-    adapter_names: list[str], known: Callable[[str], tuple[bool, int] | None], device: torch.device
+    adapter_names: list[str],
+    known: Container[str],
+    kind_of: Callable[[str], tuple[bool, int] | None],
+    device: torch.device,
 ) -> tuple[Routes, list[Group]]:
     """Divide the rows of a mixed batch: routes through single adapters, and groups.
 
     Args:
-        adapter_names: one for each row; names that ``known`` refuses with ``KeyError`` stand for the base model.
-        known: whether an adapter acts on inputs, and its rank; None if it cannot be grouped.
+        adapter_names: one for each row; names that are not ``known`` stand for the base layer.
+        kind_of: whether an adapter acts on inputs, and its rank; None if it cannot be grouped.
     """
     single: dict[str, list[int]] = {}
     together: dict[tuple[bool, int], list[int]] = {}
     for row, name in enumerate(adapter_names):
-        try:
-            kind = known(name)
-        except KeyError:
+        if name not in known:
             continue
+        kind = kind_of(name)
         if kind is None:
             single.setdefault(name, []).append(row)
         else:
