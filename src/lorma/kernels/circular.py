@@ -50,7 +50,7 @@ def _correlate(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
     for rows, (part,) in _chunks(o, z):
         spectrum = rfft(part if bias is None else part - bias)
         found = irfft(spectrum[:, None] * spectra, n=n).mul_(Bt).sum(1)
-        out[rows] = found if bias is None else found + bias
+        out[rows] = found if bias is None else found.add_(bias)
     return out, out.new_empty(0)
 
 
@@ -72,12 +72,12 @@ def _correlate_backward(grad: Tensor, o: Operands, _: Tensor, needs: Sequence[bo
             if dz is not None:
                 dz[rows] = irfft((weighted * spectra).sum(1), n=n)
             if needs[2]:
-                dA += weighted.conj_physical().mul_(spectrum).sum(0)
+                dA += weighted.mul_(spectrum.conj_physical()).sum(0)
     dbias = g.to(wide).sum(0) - dz.sum(0) if needs[1] and dz is not None else None
     return (
         dz.view(o.x.shape) if needs[0] and dz is not None else None,
         dbias,
-        irfft(dA, n=n) if needs[2] else None,
+        irfft(dA.conj_physical(), n=n) if needs[2] else None,
         dB.mT * o.scaling if needs[3] else None,
     )
 

@@ -83,8 +83,8 @@ def folded_post(o: Operands) -> Tensor:
 
 
 def _dM_pre(g: Tensor, o: Operands) -> Callable[[int, int], Tensor]:
-    x, weight = o.rows, o.base
-    return lambda start, stop: (g[:, start:stop].mT @ x) @ weight.mT
+    outer, weight = g.mT @ o.rows, o.base
+    return lambda start, stop: outer[start:stop] @ weight.mT
 
 
 def _dM_post(g: Tensor, o: Operands) -> Callable[[int, int], Tensor]:

@@ -21,8 +21,9 @@ _ROWS = 512
 
 
 def row_blocks(n: int) -> Iterator[tuple[int, int]]:
-    """Starts and ends of blocks of rows: a few for a large n, none of them small."""
-    step = max(_ROWS, n // 8)
+    """Starts and ends of blocks of rows: a few for a large n, all of about one size and none of them small."""
+    count = min(-(-n // _ROWS), 8)
+    step = -(-n // count)
     return ((start, min(start + step, n)) for start in range(0, n, step))
 
 
