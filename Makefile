@@ -24,7 +24,7 @@ test-fast: $(VENV)/.dev  ## Without real models and subprocesses
 support: $(VENV)/.dev  ## Write docs/support.md: every feature on every kind of layer
 	cd tests && ../$(BIN)/python -m support.table
 
-bench: $(VENV)/.dev  ## Measure speed and memory (about 15 minutes on two quiet cores), then write docs/speed.md
+bench: $(VENV)/.dev  ## Measure speed and memory (about half an hour on two quiet cores), then write docs/speed.md
 	$(BIN)/python benchmarks/layer.py -o $(SPEED)/layer.json $(BENCH)
 	$(BIN)/python benchmarks/model_step.py --model minilm -o $(SPEED)/model_minilm.json $(BENCH)
 	$(BIN)/python benchmarks/model_step.py --model smollm2 -o $(SPEED)/model_smollm2.json $(BENCH)

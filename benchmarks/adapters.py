@@ -74,7 +74,7 @@ def bases(quick: bool) -> dict[str, Base]:
 
 
 def main() -> None:
-    arguments = parse(parser(__doc__, rounds=11))
+    arguments = parse(parser(__doc__, rounds=5))
     torch.manual_seed(1)
     cases = []
     for name, base in bases(arguments.quick).items():

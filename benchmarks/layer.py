@@ -125,7 +125,7 @@ def described(shape: Shape, bias: bool) -> Case:
 
 
 def main() -> None:
-    made = parser(__doc__, rounds=21)
+    made = parser(__doc__, rounds=15)
     made.add_argument("--bias", action="store_true", help="layers with a bias")
     arguments = parse(made)
     many, few = (QUICK, QUICK) if arguments.quick else (MANY, FEW)

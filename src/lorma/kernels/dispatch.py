@@ -33,7 +33,7 @@ def multiply(
         inflation: which multiplier.
         bias: what is not multiplied.
     """
-    dtype = _computation_dtype(x, A)
+    dtype = _autocast_dtype(x) or _fitting_dtype(x, A)
     if dtype == x.dtype and A.ndim == 2 and inflation != "none":
         return _activations(_operands(x, None, bias, A, B, scaling, dtype), inflation)
     if dtype != x.dtype or inflation != "plus":
@@ -69,8 +69,9 @@ def multiplied_linear(
     Returns:
         (…, d), or None if there is no form for these dtypes.
     """
-    dtype = _computation_dtype(x, A)
-    if dtype is None or inflation == "none" or (_autocast_dtype(x) is None and weight.dtype != x.dtype):
+    autocast = _autocast_dtype(x)
+    dtype = _fitting_dtype(x, A) if autocast is None else autocast
+    if dtype is None or inflation == "none" or (autocast is None and weight.dtype != x.dtype):
         return None
     W = weight.T if transposed else weight
     o = _operands(x, W, bias, A, B, scaling, dtype)
@@ -105,11 +106,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if on and x.is_floating_point() and x.dtype != torch.float64 else None
 
 
-def _computation_dtype(x: Tensor, A: Tensor) -> torch.dtype | None:
-    """What products are computed in; None where the factors are wider than ``x`` in a format that overflows."""
-    autocast = _autocast_dtype(x)
-    if autocast is not None:
-        return autocast
+def _fitting_dtype(x: Tensor, A: Tensor) -> torch.dtype | None:
+    """What products are computed in without autocast; None where A is wider than ``x`` in a format that overflows."""
     fits = x.dtype == A.dtype or (x.dtype == torch.bfloat16 and A.dtype == torch.float32)
     return x.dtype if fits else None
 

@@ -45,17 +45,17 @@ class Operands:
     @property
     def rows(self) -> Tensor:
         """``x`` as a matrix, one row for each token."""
-        return as_rows(self.x).to(self.dtype)
+        return in_dtype(as_rows(self.x), self.dtype)
 
     @property
     def base(self) -> Tensor:
         """The weight in the dtype of the computation."""
-        return cast(Tensor, self.weight).to(self.dtype)
+        return in_dtype(cast(Tensor, self.weight), self.dtype)
 
     @property
     def shift(self) -> Tensor | None:
         """The bias in the dtype of the computation."""
-        return None if self.bias is None else self.bias.to(self.dtype)
+        return None if self.bias is None else in_dtype(self.bias, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ def register(form: Form) -> Form:
     """Make a form known to the custom operator by its name."""
     FORMS[form.name] = form
     return form
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, for less than that costs where there is nothing to do: decoding calls this often."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lorma.functional import multiplier_update
 from lorma.kernels import triton_low_rank
-from lorma.kernels.form import Form, Gradients, Operands, as_rows, register
+from lorma.kernels.form import Form, Gradients, Operands, as_rows, in_dtype, register
 
 _FEW = 64
 """Tokens up to which copying Bᵀ costs more than it saves."""
@@ -80,8 +80,13 @@ def _linear(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
     out = F.linear(o.rows, o.base, None if late else bias)
     if not late and triton_low_rank.available(out, len(o.A)):
         return _in_one_launch(out, o)
-    (A, Bt), scaling = ((o.A.to(o.dtype), o.B.to(o.dtype).mT), o.scaling) if few else (_factors(o), 1.0)
-    u = _down(out, A, None if late else bias)
+    shift = None if late else bias
+    if few:
+        A, Bt, scaling = in_dtype(o.A, o.dtype), in_dtype(o.B, o.dtype).mT, o.scaling
+        u = F.linear(out if shift is None else out - shift, A)
+    else:
+        (A, Bt), scaling = _factors(o), 1.0
+        u = _down(out, A, shift)
     out.addmm_(u, Bt, alpha=scaling)
     return out.add_(bias) if late and bias is not None else out, u
 

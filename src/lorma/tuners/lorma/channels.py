@@ -56,14 +56,17 @@ class ChannelLayer(nn.Module, LormaLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        names = self.waiting_adapters() if adapter_names is None else [n for n in adapter_names if n in self.lorma_A]
+        if adapter_names is None:
+            names = self.waiting_adapters()
+            if len(names) == 1 and self._is_plain(names[0], x):
+                return self._forward_alone(x, names[0], *args, **kwargs)
+        else:
+            names = [name for name in adapter_names if name in self.lorma_A]
         with in_place((self.lorma_A, self.lorma_B, self.lorma_magnitude_vector)):
             if not x.is_meta:
                 self.check_factors_loaded(names)
             if adapter_names is not None:
                 return self._forward_mixed(x, adapter_names, *args, **kwargs)
-            if len(names) == 1 and self._is_plain(names[0], x):
-                return self._forward_alone(x, names[0], *args, **kwargs)
             result = self._call_base(x, [(None, names)], *args, **kwargs)
             with in_place((self.get_base_layer(),)):
                 return self._multiply_outputs(result, [(None, names)])
@@ -71,7 +74,9 @@ class ChannelLayer(nn.Module, LormaLayer):
     # One adapter for the whole batch, with nothing between it and the base layer
 
     def _is_plain(self, name: str, x: Tensor) -> bool:
-        """Whether an adapter is one multiplier and no more: no DoRA, no slices, no groups, no dropout, no ``none``."""
+        """Whether an adapter is one multiplier, at hand, and no more: no DoRA, slices, groups, dropout or ``none``."""
+        if self.lorma_A[name].is_meta:
+            return False
         dropout = self.lorma_dropout[name]
         drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
         special = drops or name in self.fused or name in self.lorma_magnitude_vector or self.blocks > 1
