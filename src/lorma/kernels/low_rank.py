@@ -95,7 +95,12 @@ def _linear_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]
     A, Bt = _factors(o)
     weight, g = o.base, as_rows(grad)
     v = F.linear(g, Bt)
-    dx = (g @ weight).addmm_(v, A @ weight).view(o.x.shape) if needs[0] else None
+    dx = None
+    if needs[0]:
+        # (g + v·A)·W0 = g·W0 + v·(A·W0): for few tokens reading W0 a second time costs more than a copy of g.
+        few = len(g) <= len(weight)
+        dx = torch.addmm(g, v, A) @ weight if few else (g @ weight).addmm_(v, A @ weight)
+        dx = dx.view(o.x.shape)
     dA = (v.mT @ o.rows) @ weight.mT if needs[2] else None
     dB = (u.mT @ g).mT * o.scaling if needs[3] else None
     return dx, g.sum(0) if needs[1] else None, dA, dB
