@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from verdicts import PERMUTATION, place
 
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
@@ -42,6 +43,9 @@ def scaling(content: dict[str, Any], path: Path) -> None:
             handles.setdefault(name, line)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(values, [f"{value:,}" for value in values])
         axes.set_xlabel(label, color=INK, fontsize=9.5)
         axes.set_ylabel("ms, prediction" if axis == "adapters" else "ms, forward + backward", color=INK, fontsize=9.5)

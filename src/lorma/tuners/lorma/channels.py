@@ -126,12 +126,16 @@ class ChannelLayer(nn.Module, LormaLayer):
 
     def _multiplied_rows(self, x: Tensor, group: Group, bias: Tensor | None = None) -> Tensor:
         """Each row of a group multiplied by its own adapter, all in one batched product."""
-        part = self._channels_last(x.index_select(0, group.rows))
+        bias = None if bias is None else whole(bias)
+        part = x.index_select(0, group.rows)
+        if len(set(group.names)) == 1:
+            return x.index_copy(0, group.rows, self._multiplied(part, group.names[0], bias))
+        part = self._channels_last(part)
         factors = [self._factors(name) for name in group.names]
         A = torch.stack([a for a, _ in factors])
         B = torch.stack([b * self.scaling[name] for (_, b), name in zip(factors, group.names, strict=True)])
         tokens = part.reshape(len(part), -1, part.shape[-1])
-        product = kernels.multiply(tokens, A, B, 1.0, "plus", None if bias is None else whole(bias))
+        product = kernels.multiply(tokens, A, B, 1.0, "plus", bias)
         return x.index_copy(0, group.rows, self._channels_back(product.view(part.shape)))
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
