@@ -217,6 +217,36 @@ class LormaLayer(MagnitudeLayer):
             target[..., rows, :] = formula(source[..., rows, :], A, B, s, inflation, side)
         return delta
 
+    def lora_form_of(self, adapter_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """One adapter as a LoRA of scaling 1, exactly: ``ΔW = B'A'`` with A' (r' × k) and B' (d × r').
+
+        r' is the adapter's rank, or for a fused projection the ranks of its adapted slices together. See
+        :func:`functional.lora_form`.
+
+        Args:
+            weight: the base weight W0 in the layout in which the base layer stores it. A convolution's kernel counts
+                as d × (k · positions), an embedding as V × D.
+
+        Raises:
+            ValueError: if the adapter is no low-rank update, or one that differs between blocks or positions.
+        """
+        side, inflation = self.side[adapter_name], self.inflation[adapter_name]
+        where = f"adapter {adapter_name!r} of {self.layer_name} is no LoRA"
+        if inflation != "plus":
+            raise ValueError(f"{where}: with inflation={inflation!r} the update of the weight has full rank")
+        if adapter_name in self.lorma_magnitude_vector:
+            raise ValueError(f"{where}: use_dora rescales whole rows of the weight")
+        source = self._matrices(weight, side)
+        if self.blocks > 1 or source.ndim != 2:
+            raise ValueError(f"{where}: each group, expert or kernel position of the weight has an update of its own")
+        downs, ups = [], []
+        for rows, A, B in self._parts(adapter_name, weight.dtype):
+            A, B = (beside(t, source) for t in (A, B))
+            down, up = functional.lora_form(source[rows], A, B, self.scaling[adapter_name], side)
+            downs.append(down)
+            ups.append(up.new_zeros(source.shape[0], up.shape[1]).index_copy(0, _indices(rows, source), up))
+        return torch.cat(downs), torch.cat(ups, dim=1)
+
     def singular_range_of(self, adapter_name: str) -> tuple[float, float]:
         """Largest and smallest singular value of an adapter's multipliers.
 
@@ -255,3 +285,7 @@ class LormaLayer(MagnitudeLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """``get_delta_weight`` is the additive residual ``I(BA)·W0 − W0``, which PEFT's converter factorises."""
         return True
+
+
+def _indices(rows: slice, matrix: Tensor) -> Tensor:
+    return torch.arange(len(matrix), device=matrix.device)[rows]
