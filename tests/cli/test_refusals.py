@@ -111,7 +111,7 @@ def break_task(run):
     ("damage", "message"),
     [
         (break_truncate, "adapter_model.safetensors is truncated or not a safetensors file"),
-        (break_foreign, "holds no LoRMA weights"),
+        (break_foreign, "holds no weights named lorma_A"),
         (break_shape, "torch.Size([2, 5]) from checkpoint, the shape in current model is torch.Size([2, 32])"),
         (break_type, "lorma_alpha='eight' must be a finite number"),
         (break_method, "NOT_A_METHOD"),

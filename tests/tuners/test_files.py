@@ -40,7 +40,7 @@ def test_weights_of_another_method(mlp, folder, tmp_path_factory):
     lora = tmp_path_factory.mktemp("lora")
     get_peft_model(copy.deepcopy(mlp), LoraConfig(target_modules=["up"])).save_pretrained(lora)
     (folder / "adapter_model.safetensors").write_bytes((lora / "adapter_model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="holds no LoRMA weights.*lora_A"):
+    with pytest.raises(ValueError, match="holds no weights named lorma_A.*lora_A"):
         PeftModel.from_pretrained(mlp, folder)
 
 

@@ -23,8 +23,11 @@ def adapter_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); copy or save it again") from error
 
 
-def check_adapter_folder(folder: Path) -> None:
-    """Refuse a folder whose weights file is truncated or does not hold a LoRMA adapter; no file is no error.
+def check_adapter_folder(folder: Path, weights: tuple[str, ...]) -> None:
+    """Refuse a folder whose weights file is truncated or holds another method's adapter; no file is no error.
+
+    Args:
+        weights: names that the method gives its weights.
 
     Raises:
         ValueError: naming the file and what it holds instead.
@@ -33,9 +36,9 @@ def check_adapter_folder(folder: Path) -> None:
     if not path.is_file():
         return
     shapes = adapter_shapes(path)
-    if not any(".lorma_A" in name for name in shapes):
+    if weights and not any(f".{weight}" in name for name in shapes for weight in weights):
         first = ", ".join(sorted(shapes)[:2]) or "nothing"
-        raise ValueError(f"{path} holds no LoRMA weights (names with lorma_A and lorma_B); it holds {first}")
+        raise ValueError(f"{path} holds no weights named {' or '.join(weights)}; it holds {first}")
 
 
 def check_known(places: set[str], found: Iterable[str], parts: tuple[str, ...]) -> None:

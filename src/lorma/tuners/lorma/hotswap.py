@@ -79,7 +79,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     config = PeftConfig.from_pretrained(str(path), **kwargs)
     if not isinstance(config, LormaConfig):
         raise ValueError(f"{path} holds a {config.peft_type} adapter; only LoRMA adapters can be swapped in here")
-    check_adapter_folder(Path(path, kwargs.get("subfolder") or ""))
+    check_adapter_folder(Path(path, kwargs.get("subfolder") or ""), LormaConfig.weight_names)
     if adapter_name not in inner.peft_config:
         raise ValueError(f"Adapter {adapter_name} does not exist; there are {', '.join(inner.peft_config)}")
     for key in SAME:
