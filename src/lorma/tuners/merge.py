@@ -73,8 +73,8 @@ class MergeableLayer(BaseTunerLayer):
         """Largest and smallest singular value of what one adapter multiplies the weight by."""
 
     @abstractmethod
-    def arithmetic_error_of(self, adapter_name: str) -> float:
-        """Bound on the error of what one adapter multiplies by (2-norm), its products formed in float64."""
+    def arithmetic_error_of(self, adapter_name: str, norm: float) -> float:
+        """Bound on the error (Frobenius norm) of one adapter put into a weight of this norm, all done in float64."""
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging ``adapter`` alone would add to the unmerged base weight, in at least float32."""
@@ -130,7 +130,10 @@ class MergeableLayer(BaseTunerLayer):
         else:
             start, sequence = current, names
         merged = start.double() if mode == "inverse" else widen(start)
+        error = self._pending_error
         for name in sequence:
+            if mode == "inverse":
+                error = error * ranges[name][0] + self.arithmetic_error_of(name, merged.norm().item())
             merged = merged + self.delta_weight_of(name, merged)
         if safe_merge and not torch.isfinite(merged.to(current.dtype)).all():
             raise ValueError(
@@ -139,22 +142,17 @@ class MergeableLayer(BaseTunerLayer):
             )
         if mode == "snapshot" and self._original is None:
             self._original = Original(self) if how is None else QuantizedOriginal(self)
-        error = None
+        lost = None
         if how is None:
             self._set_parameter(merged.to(current.dtype))
         else:
-            error = write_quantized(self, merged, how)
+            lost = write_quantized(self, merged, how)
         if mode == "inverse":
-            norm = start.double().norm().item()
-            for name in names:
-                largest = ranges[name][0]
-                self._pending_error = self._pending_error * largest + self.arithmetic_error_of(name) * norm
-                norm *= largest
-            self._pending_error += rounding_error(self._parameter())
+            self._pending_error = error + rounding_error(self._parameter())
         self._ranges = {**self._ranges, **ranges}
         self._undo = mode
         self.merged_adapters.extend(names)
-        report = self._report(error)
+        report = self._report(lost)
         if self.reports_to is not None:
             self.reports_to.append(report)
         return report
@@ -269,7 +267,7 @@ class MergeableLayer(BaseTunerLayer):
         weight = merged.double()
         for name in reversed(self.merged_adapters):
             smallest = self._ranges[name][1]
-            inexact = self.arithmetic_error_of(name) * weight.norm().item() / smallest**2
+            inexact = self.arithmetic_error_of(name, weight.norm().item()) / smallest**2
             weight = weight + self.inverse_delta_weight_of(name, weight)
             self._pending_error = self._pending_error / smallest + inexact
         restored = weight.to(merged.dtype)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from lorma.errors import did_you_mean
+from lorma.tuners.regex_cost import check_cost
 
 
 def check_rank(name: str, value: Any) -> None:
@@ -22,7 +23,7 @@ def check_alpha(name: str, value: Any) -> None:
     """An alpha is a finite number above 0: the scaling alpha / r appears under a square root."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a finite number above 0, not {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf or value > sys.float_info.max:
         raise ValueError(f"{name}={value} must be a finite number above 0")
 
 
@@ -65,12 +66,9 @@ def check_names(name: str, value: Any, *, pattern: bool = True) -> None:
 
 
 def check_regex(name: str, value: Any) -> None:
-    """A string must compile as a regular expression; other values are not looked at."""
+    """A string must compile as a regular expression that cannot take long; other values are not looked at."""
     if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{name}={value!r} is not a regular expression: {error}") from None
+        check_cost(name, value)
 
 
 def check_pattern(name: str, value: Any, check: Any) -> None:

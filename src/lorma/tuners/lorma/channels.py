@@ -17,59 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lorma import functional, kernels
-from lorma.tuners.lorma.config import LormaConfig
-from lorma.tuners.lorma.fused import FusedProjection
+from lorma.tuners.calling import CallingLayer
 from lorma.tuners.lorma.layer import LormaLayer
-from lorma.tuners.lorma.routes import Group, Routes, divide
 from lorma.tuners.placing import in_place, whole
+from lorma.tuners.routes import Group, Routes, divide
 
 
-class ChannelLayer(nn.Module, LormaLayer):
-    """Forward pass of every layer whose input and output have a channel dimension."""
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        *,
-        layer_name: str,
-        r: int,
-        lorma_alpha: float,
-        config: LormaConfig,
-        fused: FusedProjection | None = None,
-        **quantization_kwargs: Any,
-    ) -> None:
-        super().__init__()
-        LormaLayer.__init__(self, base_layer, layer_name, **quantization_kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lorma_alpha, config, fused)
-
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The adapted layer. ``adapter_names`` names one adapter for each row of the batch (``"__base__"`` for none).
-
-        Raises:
-            ValueError: if ``adapter_names`` does not fit the batch, or adapters are merged.
-        """
-        if adapter_names is not None:
-            self._check_adapter_names(x, adapter_names)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is None:
-            names = self.waiting_adapters()
-            if len(names) == 1 and self._is_plain(names[0], x):
-                return self._forward_alone(x, names[0], *args, **kwargs)
-        else:
-            names = [name for name in adapter_names if name in self.lorma_A]
-        with in_place((self.lorma_A, self.lorma_B, self.lorma_magnitude_vector)):
-            if not x.is_meta:
-                self.check_factors_loaded(names)
-            if adapter_names is not None:
-                return self._forward_mixed(x, adapter_names, *args, **kwargs)
-            result = self._call_base(x, [(None, names)], *args, **kwargs)
-            with in_place((self.get_base_layer(),)):
-                return self._multiply_outputs(result, [(None, names)])
+class ChannelLayer(CallingLayer, LormaLayer):
+    """Every layer whose input and output have a channel dimension."""
 
     # One adapter for the whole batch, with nothing between it and the base layer
 
@@ -138,16 +93,10 @@ class ChannelLayer(nn.Module, LormaLayer):
         product = kernels.multiply(tokens, A, B, 1.0, "plus", bias)
         return x.index_copy(0, group.rows, self._channels_back(product.view(part.shape)))
 
-    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+    def _forward_several(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        result = self._call_base(x, [(None, names)], *args, **kwargs)
+        with in_place((self.get_base_layer(),)):
+            return self._multiply_outputs(result, [(None, names)])
 
     # Where an adapter acts
 
@@ -257,6 +206,3 @@ class ChannelLayer(nn.Module, LormaLayer):
         """As every module's; DoRA's kept norms are dropped, so that weights written past autograd are seen."""
         self._norms.clear()
         return super().train(mode)
-
-    def __repr__(self) -> str:
-        return "lorma." + super().__repr__()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorma import functional
 from lorma.functional.multiplier import Scaling, Side, widen
-from lorma.tuners.merge import MergeableLayer
+from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.placing import gathered, whole
 
 
@@ -20,7 +20,7 @@ def beside(factor: Tensor, matrices: Tensor) -> Tensor:
     return factor.to(matrices.device).reshape(factor.shape[:-2] + missing + factor.shape[-2:])
 
 
-class MagnitudeLayer(MergeableLayer):
+class MagnitudeLayer(AdapterLayer):
     """What a layer needs for ``use_dora``: the magnitudes, the norms they are divided by, and keeping the norms."""
 
     lorma_A: nn.ParameterDict

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorma.tuners.adapter_file import check_adapter_folder
 from lorma.tuners.lorma.config import LormaConfig
-from lorma.tuners.lorma.dispatch import patterns, rank_and_alpha
+from lorma.tuners.lorma.dispatch import by_layer, rank_and_alpha
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.validation import check_rank
 
@@ -119,7 +119,7 @@ def _note_ranks(model: Any, adapter_name: str, layers: list[LormaLayer]) -> None
         mine = [layer for layer in layers if adapter_name in layer.lorma_A]
         ranks = {layer.pattern_name: layer.r[adapter_name] for layer in mine}
         alphas = {layer.pattern_name: float(layer.scaling[adapter_name]) * layer.r[adapter_name] for layer in mine}
-        vars(configs[adapter_name]).update(patterns(ranks, alphas))
+        vars(configs[adapter_name]).update(by_layer(ranks, alphas))
 
 
 def _fitting(key: str, old: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

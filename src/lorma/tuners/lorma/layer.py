@@ -4,9 +4,6 @@ The multiplied side of a weight has N numbers in all, and A (r × N) and B (N ×
 multiplier with n = N. Where a layer holds several matrices, each has its own multiplier, and A and B are cut along N:
 groups of a convolution and experts into equal parts (one batched operation), slices of a fused projection into parts
 of their own widths.
-
-A and B are kept in at least float32 until PEFT is told otherwise (``autocast_adapter_dtype=False``); the update is
-computed in their dtype and the sum returned in the base layer's output dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from lorma import functional
@@ -22,8 +18,6 @@ from lorma.functional.multiplier import Inflation, Scaling, Side
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.dora import MagnitudeLayer, beside
 from lorma.tuners.lorma.fused import FusedProjection
-from lorma.tuners.placing import execution_device
-from lorma.tuners.quantized import quantization_backend
 
 
 class LormaLayer(MagnitudeLayer):
@@ -49,18 +43,14 @@ class LormaLayer(MagnitudeLayer):
     )
     sides: tuple[Side, ...] = ("pre", "post")
     """Sides that can be multiplied, the one taken for ``"pre"`` where there is no choice first."""
-    blocks = 1
-    """How many matrices of one shape the weight holds: groups of a convolution, experts."""
 
     def __init__(self, base_layer: nn.Module, layer_name: str, **quantization_kwargs: Any) -> None:
-        self.base_layer = base_layer
-        self.layer_name = self.pattern_name = layer_name
+        super().__init__(base_layer, layer_name, **quantization_kwargs)
         self.r: dict[str, int] = {}
         self.lorma_alpha: dict[str, float] = {}
         self.scaling: dict[str, Scaling] = {}
         self.inflation: dict[str, Inflation] = {}
         self.side: dict[str, Side] = {}
-        self.undo: dict[str, str] = {}
         self.fused: dict[str, FusedProjection] = {}
         self.lorma_dropout = nn.ModuleDict({})
         self.lorma_A = nn.ParameterDict({})
@@ -68,13 +58,6 @@ class LormaLayer(MagnitudeLayer):
         self.lorma_magnitude_vector = nn.ParameterDict({})
         self._norms: dict[str, Tensor] = {}
         self._norms_key: dict[str, Any] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization_kwargs)
-        self.in_features, self.out_features = self._features()
-
-    def _features(self) -> tuple[int, int]:
-        return cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
 
     def _width(self, side: Side, fused: FusedProjection | None) -> int:
         """N, the numbers on the multiplied side taken together."""
@@ -85,9 +68,10 @@ class LormaLayer(MagnitudeLayer):
     def update_layer(
         self,
         adapter_name: str,
+        *,
+        config: LormaConfig,
         r: int,
         lorma_alpha: float,
-        config: LormaConfig,
         fused: FusedProjection | None = None,
     ) -> None:
         """Add an adapter, or replace the one of this name."""
@@ -141,26 +125,9 @@ class LormaLayer(MagnitudeLayer):
                         for factor in (a, b):
                             nn.init.kaiming_uniform_(factor, a=5**0.5)
 
-    def _start_dtype(self) -> torch.dtype:
-        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        known = dtype is not None and dtype.is_floating_point and dtype.itemsize > 1
-        return torch.promote_types(dtype, torch.float32) if known else torch.float32
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move one adapter to the base layer's device. Its dtype stays: rounding is not a matter of place."""
-        base = self.get_base_layer()
-        target = execution_device(base, device or self._get_base_layer_device_and_dtype(base)[0])
-        for name in self.adapter_layer_names:
-            held = getattr(self, name)
-            if target is not None and adapter_name in held and not held[adapter_name].is_meta:
-                held[adapter_name] = nn.Parameter(held[adapter_name].data.to(target), held[adapter_name].requires_grad)
-
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Cast the factors (and DoRA's magnitude) of one adapter to ``dtype``."""
-        for name in self.adapter_layer_names:
-            held = getattr(self, name)
-            if adapter_name in held:
-                held[adapter_name].data = held[adapter_name].data.to(dtype)
+        super().cast_adapter(adapter_name, dtype)
         self._norms.clear()
 
     def set_scaling(self, adapter_name: str, value: float) -> None:
@@ -218,17 +185,9 @@ class LormaLayer(MagnitudeLayer):
         return delta
 
     def lora_form_of(self, adapter_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """One adapter as a LoRA of scaling 1, exactly: ``ΔW = B'A'`` with A' (r' × k) and B' (d × r').
+        """As every layer's. r' is the adapter's rank, on a fused projection the ranks of its slices together.
 
-        r' is the adapter's rank, or for a fused projection the ranks of its adapted slices together. See
-        :func:`functional.lora_form`.
-
-        Args:
-            weight: the base weight W0 in the layout in which the base layer stores it. A convolution's kernel counts
-                as d × (k · positions), an embedding as V × D.
-
-        Raises:
-            ValueError: if the adapter is no low-rank update, or one that differs between blocks or positions.
+        See :func:`functional.lora_form`.
         """
         side, inflation = self.side[adapter_name], self.inflation[adapter_name]
         where = f"adapter {adapter_name!r} of {self.layer_name} is no LoRA"
@@ -262,29 +221,12 @@ class LormaLayer(MagnitudeLayer):
         ranges = [functional.singular_range(A, B, s, inflation) for _, A, B in self._parts(adapter_name, torch.float64)]
         return max(high.max().item() for high, _ in ranges), min(low.min().item() for _, low in ranges)
 
-    def arithmetic_error_of(self, adapter_name: str) -> float:
-        """Bound on the error (2-norm) of an adapter's multiplier when its products are formed in float64."""
+    def arithmetic_error_of(self, adapter_name: str, norm: float) -> float:
+        """Bound on the error (Frobenius norm) of multiplying a weight of this norm in float64."""
         unit, s = torch.finfo(torch.float64).eps, float(self.scaling[adapter_name])
         parts = self._parts(adapter_name, torch.float64)
         size = max((A.flatten(-2).norm(dim=-1) * B.flatten(-2).norm(dim=-1)).max().item() for _, A, B in parts)
-        return 4 * unit * parts[0][1].shape[-1] * (1 + s * size)
-
-    def check_factors_loaded(self, names: list[str]) -> None:
-        """Refuse factors without memory (meta), with which PyTorch would compute from whatever lies around.
-
-        Raises:
-            RuntimeError: naming the adapter.
-        """
-        for name in names:
-            if self.lorma_A[name].is_meta:
-                raise RuntimeError(
-                    f"adapter {name!r} of {self.layer_name} has no weights yet (low_cpu_mem_usage=True makes it on the "
-                    "meta device); load them before the forward pass"
-                )
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """``get_delta_weight`` is the additive residual ``I(BA)·W0 − W0``, which PEFT's converter factorises."""
-        return True
+        return 4 * unit * parts[0][1].shape[-1] * (1 + s * size) * norm
 
 
 def _indices(rows: slice, matrix: Tensor) -> Tensor:

@@ -1,154 +1,32 @@
-"""LoRMA on bare parameters, which no module of their own applies: stacked experts, the inside of nn.MultiheadAttention.
-
-The module that holds the parameter is run with ``I(BA)·W0`` in its place, so here the weight is read and formed in
-each forward pass. The sum is rounded to the weight's dtype, as nothing else fits the module's own arithmetic: on a
-base in bfloat16, updates below its precision do not act before they have grown.
-"""
+"""LoRMA on bare parameters; see :mod:`lorma.tuners.parameter`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorma.functional.multiplier import Side
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.parameter import ParameterLayer, ParameterWrapper
 
 
-class ParameterLayer(nn.Module, LormaLayer):
-    """What layers on a bare parameter have in common: the module is run with the multiplied parameter in its place."""
+class LormaParameterLayer(ParameterLayer, LormaLayer):
+    """A bare parameter that is multiplied."""
 
-    kind: str
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        *,
-        layer_name: str,
-        parameter_name: str,
-        r: int,
-        lorma_alpha: float,
-        config: LormaConfig,
-    ) -> None:
-        super().__init__()
-        self.parameter_name = self.weight_name = parameter_name
-        LormaLayer.__init__(self, base_layer, layer_name)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lorma_alpha, config)
-
-    def update_layer(
-        self, adapter_name: str, r: int, lorma_alpha: float, config: LormaConfig, fused: Any = None
-    ) -> None:
+    def update_layer(self, adapter_name: str, *, config: LormaConfig, **options: Any) -> None:
         """As every layer's; see :class:`LormaLayer`.
 
         Raises:
             ValueError: for dropout and DoRA, which need the layer's own input and output.
         """
-        for option, value in (("lorma_dropout", config.lorma_dropout), ("use_dora", config.use_dora)):
-            if value:
-                raise ValueError(f"{option}={value!r} is not supported on {self.kind} ({self.layer_name})")
-        super().update_layer(adapter_name, r, lorma_alpha, config)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        parameter = cast(Tensor, getattr(base_layer, self.parameter_name))
-        return parameter.device, parameter.dtype
-
-    def _refuse_mixed(self, adapter_names: list[str] | None) -> None:
-        if adapter_names is not None:
-            raise ValueError(f"{self.kind} ({self.layer_name}) does not support mixed batches (adapter_names)")
+        self.refuse(lorma_dropout=config.lorma_dropout, use_dora=config.use_dora)
+        super().update_layer(adapter_name, config=config, **options)
 
 
-@contextmanager
-def multiplied(layer: LormaLayer) -> Iterator[None]:
-    """While active, the base layer's weight reads as the adapters that act make it.
-
-    It is formed in at least the adapters' precision and rounded to the weight's dtype. The tensor lies in front of the
-    parameter, as an attribute of the module itself; the parameter stays where it is, which is what FSDP and ZeRO-3
-    need, as they keep account of it.
-    """
-    active = [] if layer.disable_adapters else layer.waiting_adapters()
-    if not active:
-        yield
-        return
-    layer.check_factors_loaded(active)
-    module, name = layer.get_base_layer(), layer.weight_name
-    stored = layer._parameter()
-    weight = stored.to(torch.promote_types(stored.dtype, layer.lorma_A[active[0]].dtype))
-    for adapter in active:
-        weight = weight + layer.delta_weight_of(adapter, weight)
-    hidden = vars(module).get(name)
-    object.__setattr__(module, name, weight.to(stored.dtype))
-    try:
-        yield
-    finally:
-        del vars(module)[name]
-        if hidden is not None:
-            object.__setattr__(module, name, hidden)
-
-
-class ParamWrapper(ParameterLayer):
-    """LoRMA on one 2-D (out × in) or 3-D (experts × out × in) parameter of any module.
-
-    Each expert has its own multiplier. A module with ``is_transposed`` stores experts × in × out, as transformers has
-    it. Several parameters of one module are wrapped inside each other. (PEFT recognises this class by its name.)
-    """
-
-    kind = "target_parameters"
-
-    @property
-    def _transposed(self) -> bool:
-        return len(self._shape) == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        parameter = getattr(self.get_base_layer(), self.parameter_name)
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-    @property
-    def blocks(self) -> int:  # type: ignore[override]
-        """Number of experts, 1 for a plain matrix."""
-        return self._shape[0] if len(self._shape) == 3 else 1
-
-    def _features(self) -> tuple[int, int]:
-        if len(self._shape) not in (2, 3):
-            raise ValueError(
-                f"target_parameters: {self.layer_name} has {len(self._shape)} dimensions; 2 (out × in) and 3 (experts "
-                "× out × in) are supported"
-            )
-        out_features, in_features = self._shape[-2:] if not self._transposed else self._shape[:-3:-1]
-        return self.blocks * in_features, self.blocks * out_features
+class ParamWrapper(ParameterWrapper, LormaParameterLayer):
+    """LoRMA on one 2-D or 3-D parameter of any module. Each expert has its own multiplier."""
 
     def _matrices(self, weight: Tensor, side: Side) -> Tensor:
         return weight.mT if self._transposed else weight
-
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The wrapped module with its parameter multiplied.
-
-        Raises:
-            ValueError: for mixed batches, which would need one weight for each row.
-        """
-        self._refuse_mixed(adapter_names)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        with multiplied(self):
-            return self.base_layer(*args, **kwargs)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Called by PEFT when unloading: wrappers may be nested, and each merges its own parameter."""
-        layer: Any = self
-        while isinstance(layer, ParamWrapper):
-            if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            layer = layer.base_layer
-        return layer
-
-    def __repr__(self) -> str:
-        head, _, rest = super().__repr__().partition("(")
-        return f"lorma.{head}(\n  parameter_name={self.parameter_name!r},{rest}"

@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lorma import functional
-from lorma.tuners.lorma.dispatch import patterns
+from lorma.tuners.lorma.dispatch import by_layer
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.parameter import ParamWrapper
 from lorma.tuners.validation import check_choice
@@ -71,7 +71,7 @@ def combined_config(peft_config: dict[str, Any], adapters: list[str], layers: li
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        **patterns(ranks, {name: float(rank) for name, rank in ranks.items()}),
+        **by_layer(ranks, {name: float(rank) for name, rank in ranks.items()}),
     )
 
 

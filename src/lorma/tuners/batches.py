@@ -9,8 +9,8 @@ from typing import Any, cast
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lorma.tuners.lorma.layer import LormaLayer
-from lorma.tuners.lorma.routes import BASE
+from lorma.tuners.layer import AdapterLayer
+from lorma.tuners.routes import BASE
 
 
 @contextmanager
@@ -31,8 +31,8 @@ def mixed_batch(model: nn.Module, adapter_names: list[str] | None, num_beams: An
         raise TypeError(f"adapter_names={adapter_names!r} must be a list of adapter names, one for each row")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    layers = [m for m in model.modules() if isinstance(m, (LormaLayer, AuxiliaryTrainingWrapper))]
-    known = {name for layer in layers if isinstance(layer, LormaLayer) for name in layer.lorma_A}
+    layers = [m for m in model.modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper))]
+    known = {name for layer in layers if isinstance(layer, AdapterLayer) for name in layer.undo}
     unknown = sorted(set(adapter_names) - known - {BASE})
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")

@@ -1,0 +1,96 @@
+"""How long a regular expression can take, told from the expression alone.
+
+Python's engine tries every way in which a pattern can match before it gives up, and a pattern like ``(a+)+$`` has
+exponentially many. Adapters are passed around and carry patterns for module names, so the ways are counted first: a
+bound is multiplied up over what follows each other, over what is repeated, and over alternatives that can begin alike.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    from re import _constants as op  # type: ignore[attr-defined]
+    from re import _parser as parser  # type: ignore[attr-defined]
+else:
+    import sre_constants as op
+    import sre_parse as parser
+
+NAME_LENGTH = 40
+"""Length of a module name that ways are counted for."""
+MAX_WAYS = 3_000_000
+"""Four ``.*`` in a row have 2.6 million; matching one name against that takes milliseconds."""
+MAX_LENGTH = 100_000
+"""Characters of a pattern. A list of every layer of a large model, joined by ``|``, has some ten thousand."""
+
+REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT, getattr(op, "POSSESSIVE_REPEAT", None)}
+TOO_MANY = MAX_WAYS + 1
+
+
+def check_cost(name: str, pattern: str) -> None:
+    """Refuse a regular expression that can take too long to match.
+
+    Raises:
+        ValueError: if it does not compile, is too long, or has too many ways to match a module name.
+    """
+    if len(pattern) > MAX_LENGTH:
+        raise ValueError(f"{name} is a pattern of {len(pattern):,} characters; allowed: {MAX_LENGTH:,}")
+    try:
+        tree = parser.parse(pattern)
+        ways = _ways(tree)
+    except (re.error, RecursionError, OverflowError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{name}={pattern!r} is not a regular expression: {reason}") from None
+    if ways > MAX_WAYS:
+        raise ValueError(
+            f"{name}={pattern!r} can take very long to match: it nests or strings together too many repetitions; "
+            "name the modules with fewer of + * ? and {}, or in a list"
+        )
+
+
+def _ways(sequence: Any) -> int:
+    ways = 1
+    for kind, argument in sequence:
+        ways = min(ways * _ways_of(kind, argument), TOO_MANY)
+    return ways
+
+
+def _ways_of(kind: Any, argument: Any) -> int:
+    if kind in REPEATS:
+        low, high, body = argument
+        return _ways_of_repeat(low, high, body)
+    if kind is op.BRANCH:
+        branches = argument[1]
+        ways = [_ways(branch) for branch in branches]
+        return max(ways) if _begin_apart(branches) else min(sum(ways), TOO_MANY)
+    if kind is op.SUBPATTERN:
+        return _ways(argument[-1])
+    if kind in (op.ASSERT, op.ASSERT_NOT):
+        return _ways(argument[1])
+    if kind is op.GROUPREF_EXISTS:
+        return min(sum(_ways(part) for part in argument[1:] if part is not None), TOO_MANY)
+    if kind is getattr(op, "ATOMIC_GROUP", None):
+        return _ways(argument)
+    return 1
+
+
+def _ways_of_repeat(low: int, high: int, body: Any) -> int:
+    inner, shortest = _ways(body), max(body.getwidth()[0], 1)
+    most = max(min(int(high), NAME_LENGTH // shortest), int(low))
+    if inner == 1:
+        return min(most - int(low) + 1, TOO_MANY)
+    ways, power = 0, min(inner ** min(int(low), 30), TOO_MANY)
+    for _ in range(int(low), most + 1):
+        ways += power
+        if ways > MAX_WAYS:
+            return TOO_MANY
+        power *= inner
+    return ways
+
+
+def _begin_apart(branches: Any) -> bool:
+    """Whether at most one alternative can match at a place: each begins with a letter of its own."""
+    first = [branch[0] if len(branch) else (None, None) for branch in branches]
+    return all(kind is op.LITERAL for kind, _ in first) and len({letter for _, letter in first}) == len(first)
