@@ -15,11 +15,11 @@ def register(app: typer.Typer) -> None:
 
 
 def methods() -> None:
-    from lorma.training.methods import METHODS
+    from lorma.training.methods import all_methods
 
     table = Table()
-    for column in ("method", "adapted weight", "parameters", "source"):
+    for column in ("method", "adapted weight", "parameters", "adapter.r is", "source"):
         table.add_column(column)
-    for method in METHODS.values():
-        table.add_row(method.name, method.equation, method.parameters, method.source)
+    for method in all_methods():
+        table.add_row(method.name, method.equation, method.parameters, method.knob or "—", method.source)
     plain_console().print(table, soft_wrap=False)

@@ -12,6 +12,7 @@ import torch
 
 from lorma.errors import InputError
 from lorma.tasks import CausalLM, Task, get_task
+from lorma.training.methods.adalora import loss_of_the_task
 from lorma.training.models import load_model, load_tokenizer, locate
 from lorma.training.recipe import ModelSpec
 from lorma.training.rundir import META_FILE, RunDirectory
@@ -107,6 +108,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise InputError(f"{folder} cannot be used: it has no entry {error}") from error
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise InputError(f"{folder} cannot be used: {' '.join(str(error).split())}") from error
+    loss_of_the_task(adapted)
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(expected.keys() ^ found.keys()):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
 from lorma.training.methods import Method
+from lorma.training.methods.whole import head_parameters
 from lorma.training.packaged import Source, find_model, install_hint
 from lorma.tuners.quantized import keep_layout
 from lorma.tuners.targets import closest_modules
@@ -193,13 +194,29 @@ def attach(model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_ty
     _check_names(model, "adapter.modules_to_save", adapter.modules_to_save)
     _check_trainable(model, adapter.modules_to_save)
     if method.build is None:
+        if method.prepare is not None:
+            method.prepare(model, adapter, task_type)
         return model
     from peft import get_peft_model
 
     try:
-        return get_peft_model(model, method.build(adapter, task_type))
+        config: Any = method.build(adapter, task_type)
+        if config.target_modules is None and not method.own_targets:
+            config.target_modules = _targets_of_lora(model)
+        adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise InputError(f"adapter: {error}") from error
+    if method.prepare is not None:
+        method.prepare(adapted, adapter, task_type)
+    return adapted
+
+
+def _targets_of_lora(model: PreTrainedModel) -> list[str] | None:
+    """PEFT's choice of modules for LoRA; PEFT chooses others, or none, for some of its methods."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
+
+    names = CHOICES.get(model.config.model_type)
+    return None if names is None else list(names)
 
 
 def _check_names(model: PreTrainedModel, key: str, wanted: list[str] | str | None) -> None:
@@ -222,17 +239,18 @@ def _check_trainable(model: PreTrainedModel, wanted: list[str] | None) -> None:
                 )
 
 
-def count_parameters(model: Any) -> dict[str, int]:
-    """Trainable parameters in all, in the adapter, and in heads and other modules that are trained whole."""
+def count_parameters(model: Any, adapter: AdapterSpec, task_type: str) -> dict[str, int]:
+    """Trainable parameters in all, in the adapter, and in heads and other modules that are trained whole.
+
+    The last are counted apart for every method, as papers count them, also where the model itself is trained.
+    """
     from peft.utils import AuxiliaryTrainingWrapper
 
+    if hasattr(model, "peft_config"):
+        wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        heads = [parameter for module in wrappers for parameter in module.parameters()]
+    else:
+        heads = list(head_parameters(model, adapter, task_type).values())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = {
-        id(p): p.numel()
-        for module in model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for p in module.parameters()
-        if p.requires_grad
-    }
-    head = sum(whole.values())
+    head = sum({id(p): p.numel() for p in heads if p.requires_grad}.values())
     return {"trainable_parameters": trainable, "adapter_parameters": trainable - head, "head_parameters": head}

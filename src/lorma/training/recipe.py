@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -85,10 +85,14 @@ class TrainSpec(Section):
 
 
 class CompareSpec(Section):
-    """What ``lorma compare`` runs when the command line does not say."""
+    """What ``lorma compare`` runs when the command line does not say.
+
+    ``learning_rates`` gives methods a ``train.learning_rate`` of their own, for those that the common one is wrong for.
+    """
 
     methods: list[str] = Field(default=["lora", "lorma-plus", "lorma-permutation"], min_length=1)
     seeds: list[int] = Field(default=[0], min_length=1)
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
 
     @field_validator("methods", "seeds")
     @classmethod
@@ -124,6 +128,8 @@ class Recipe(Section):
                     f"method={name!r} is not possible with model.quantization={self.model.quantization!r}: weights "
                     "rounded to a few bits cannot follow small gradient steps; choose another method or null"
                 )
+        for name in self.compare.learning_rates:
+            get_method(name)
         return self
 
     def to_yaml(self) -> str:

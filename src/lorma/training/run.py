@@ -24,6 +24,7 @@ from lorma.training.models import attach, count_parameters, load_model, load_tok
 from lorma.training.processes import processes
 from lorma.training.recipe import Recipe
 from lorma.training.rundir import KEPT_CHECKPOINTS, META_FILE, RunDirectory, write_atomic, write_folder
+from lorma.training.trainer import MethodTrainer
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> RunDirectory:
@@ -46,7 +47,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     tokenizer = load_tokenizer(recipe.model)
     prepared = task.prepare(recipe.data, tokenizer)
     base = load_model(recipe.model, task.auto_model, **prepared.model_kwargs)
-    model = attach(base, get_method(recipe.method), recipe.adapter, task.peft_task_type)
+    method = get_method(recipe.method)
+    model = attach(base, method, recipe.adapter, task.peft_task_type)
     if recipe.train.gradient_checkpointing:
         base.enable_input_require_grads()
 
@@ -55,7 +57,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
             run.open(recipe, overwrite)
         recorder = RunRecorder(run)
     checkpoint = run.last_checkpoint()
-    counts = count_parameters(model)
+    counts = count_parameters(model, recipe.adapter, task.peft_task_type)
     console.print(
         f"{recipe.method} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
         f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
@@ -65,7 +67,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         console.print(f"  going on from step {run.last_step()}")
 
     bar = ProgressBar(console, recipe.method)
-    trainer = Trainer(
+    trainer = MethodTrainer(
+        method,
+        recipe.train,
         model=model,
         args=training_arguments(recipe, task, run),
         train_dataset=prepared.train,
@@ -73,7 +77,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         data_collator=prepared.collator,
         compute_metrics=prepared.compute_metrics,
         processing_class=tokenizer,
-        callbacks=[recorder, bar],
+        callbacks=[*([method.callback(model)] if method.callback else []), recorder, bar],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -172,6 +176,8 @@ def _summary(
         "task": recipe.task,
         "model": recipe.model.name,
         "seed": recipe.seed,
+        "r": recipe.adapter.r if get_method(recipe.method).knob else None,
+        "learning_rate": recipe.train.learning_rate,
         **counts,
         "steps": points[-1][0],
         "train_loss_auc": loss_auc(*zip(*points, strict=True)),

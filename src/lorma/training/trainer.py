@@ -1,0 +1,32 @@
+"""transformers' Trainer with the parts that a method brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from lorma.training.methods import Method
+from lorma.training.recipe import TrainSpec
+
+
+class MethodTrainer(Trainer):
+    """Takes the optimizer, and the way back from a checkpoint, from the method where it has its own."""
+
+    def __init__(self, method: Method, spec: TrainSpec, **kwargs: Any) -> None:
+        self.method, self.spec = method, spec
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.method.optimizer is not None and self.optimizer is None:
+            self.optimizer = self.method.optimizer(self.accelerator.unwrap_model(self.model), self.spec)
+        return super().create_optimizer(model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.method.restore is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.method.restore(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
