@@ -14,8 +14,9 @@ MAY_IMPORT = {
     "tuners": {"kernels", "functional", "errors"},
     "tasks": {"errors"},
     "analysis": {"errors"},
-    "training": {"tuners", "tasks", "analysis", "errors", "_version"},
-    "cli": {"training", "tasks", "analysis", "errors", "_version"},
+    "training": {"tuners", "tasks", "analysis", "errors", "files", "_version"},
+    "export": {"tuners", "kernels", "functional", "errors", "files", "_version"},
+    "cli": {"training", "export", "tasks", "analysis", "errors", "files", "_version"},
 }
 
 

@@ -41,9 +41,9 @@ def predict(
     if output and (output.is_dir() or not output.resolve().parent.is_dir()):
         raise InputError(f"--output={str(output)!r} must be a file in a directory that exists")
     silence_libraries()
+    from lorma.files import write_atomic
     from lorma.tasks import input_columns, read_prediction_rows, text_row
     from lorma.training.inference import load_predictor
-    from lorma.training.rundir import write_atomic
 
     predictor = load_predictor(source, trust_remote_code=trust_remote_code)
     if file:

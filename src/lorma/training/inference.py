@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from lorma.errors import InputError
+from lorma.files import META_FILE
 from lorma.tasks import CausalLM, Task, get_task
 from lorma.training.methods.adalora import loss_of_the_task
 from lorma.training.models import load_model, load_tokenizer, locate
 from lorma.training.recipe import ModelSpec
-from lorma.training.rundir import META_FILE, RunDirectory
+from lorma.training.rundir import RunDirectory
 from lorma.tuners.adapter_file import WEIGHTS_NAME, adapter_shapes
 
 BATCH = 16

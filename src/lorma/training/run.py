@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from lorma._version import __version__
 from lorma.analysis import loss_auc
 from lorma.analysis.runs import SCHEMA_VERSION
+from lorma.files import META_FILE, write_atomic, write_folder
 from lorma.tasks import Task, get_task
 from lorma.training.callbacks import ProgressBar, RunRecorder
 from lorma.training.memory import peak_memory, reset_peak_memory
@@ -23,7 +24,7 @@ from lorma.training.methods import get_method
 from lorma.training.models import attach, count_parameters, load_model, load_tokenizer, locate
 from lorma.training.processes import processes
 from lorma.training.recipe import Recipe
-from lorma.training.rundir import KEPT_CHECKPOINTS, META_FILE, RunDirectory, write_atomic, write_folder
+from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory
 from lorma.training.trainer import MethodTrainer
 
 

@@ -12,19 +12,17 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from lorma.errors import InputError
+from lorma.files import write_atomic
 from lorma.training.recipe import Recipe, RecipeLoader, differences, parse_recipe
 
 MARKER = "complete"
 KEPT_CHECKPOINTS = 2
-META_FILE = "lorma_task.json"
-"""Lies beside trained weights and says which model and which kind of data they belong to."""
 
 
 class RunDirectory:
@@ -166,28 +164,6 @@ class RunDirectory:
             return
         kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= last_step]
         write_atomic(self.metrics_file, "".join(kept))
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write a folder under a temporary name, then put it in the place of ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        fill(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_ours(entry: Path) -> bool:

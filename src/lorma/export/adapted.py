@@ -1,0 +1,136 @@
+"""An adapter folder put on its base model's structure: real factors, base weights on the meta device.
+
+PEFT itself injects the adapter, so every layer knows its kind, side, rank and slices as in training. Where a base
+weight is needed it is put into its layer for as long as it takes (:meth:`Adapted.with_weight`), one layer at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lorma.errors import InputError
+from lorma.export.base import Base, meta_model, one_line
+from lorma.export.weights import BaseWeights, open_weights
+from lorma.tuners.adapter_file import WEIGHTS_NAME
+from lorma.tuners.config import AdapterConfig
+from lorma.tuners.layer import AdapterLayer
+
+NAME = "default"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base model's modules, in a PeftModel and in adapter files."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapter and its base model.
+
+    Attributes:
+        config: the adapter's configuration.
+        peft_model: the model with the adapter injected; parameters of the base are on the meta device.
+        weights: the base model's weights, by their names in the model.
+        others: what the adapter's file holds beside the factors, by its names there: trained heads and biases.
+        parameter_names: names in the base model of each parameter of ``peft_model``, by ``id``.
+    """
+
+    config: Any
+    peft_model: Any
+    weights: BaseWeights
+    others: dict[str, Tensor]
+    parameter_names: dict[int, str]
+
+    def layers(self) -> list[tuple[str, AdapterLayer]]:
+        """The adapted layers, each with its path in the base model."""
+        return adapted_layers(self.peft_model, NAME)
+
+    def weight_name(self, layer: AdapterLayer) -> str:
+        """Name in the base model of the parameter that a layer adapts."""
+        return self.parameter_names[id(getattr(layer.get_base_layer(), layer.weight_name))]
+
+    @contextmanager
+    def with_weight(self, layer: AdapterLayer) -> Iterator[Tensor]:
+        """While active, a layer holds its real base weight, which is also what is yielded.
+
+        Raises:
+            InputError: the checkpoint lacks the weight, or has it in another shape.
+        """
+        module, attribute = layer.get_base_layer(), layer.weight_name
+        empty: Any = getattr(module, attribute)
+        name = self.weight_name(layer)
+        weight = self.weights.read(name)
+        if weight.shape != empty.shape:
+            raise InputError(f"the base model's {name} is {tuple(weight.shape)}, not {tuple(empty.shape)}")
+        setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
+        try:
+            yield weight
+        finally:
+            setattr(module, attribute, empty)
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, AdapterLayer]]:
+    """The layers of a live model that have this adapter, each with its path in the base model."""
+    return [
+        (path.removeprefix(PREFIX), module)
+        for path, module in model.named_modules()
+        if isinstance(module, AdapterLayer) and adapter_name in module.undo
+    ]
+
+
+def open_adapter(folder: Path, base: Base) -> Adapted:
+    """Read an adapter folder and put it on the structure of its base model.
+
+    Raises:
+        InputError: files that cannot be read, an adapter of another library, or one that does not fit this base.
+    """
+    config, tensors = read_folder(folder)
+    model = meta_model(base, config.task_type)
+    weights = open_weights(base, model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft_model: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
+            tuner = type(peft_model.base_model)
+            layer_class = tuner.tuner_layer_cls
+            kinds = {f".{name}" for name in (*layer_class.adapter_layer_names, *layer_class.fixed_names)}
+            factors = {key: value for key, value in tensors.items() if any(kind in key for kind in kinds)}
+            # Not PEFT's whole loading, which moves the factors to the base's device, here meta.
+            placed = tuner._remap_adapter_state_dict_for_load(peft_model, config, NAME, factors)
+            peft_model.load_state_dict(placed, strict=False, assign=True)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise InputError(f"{folder} does not fit the base model: {one_line(error)}") from None
+    others = {key: value for key, value in tensors.items() if key not in factors}
+    adapted = Adapted(config, peft_model.eval(), weights, others, names)
+    for path, layer in adapted.layers():
+        if any(tensor.is_meta for _, tensor in layer._tensors(NAME)):
+            raise InputError(f"{folder} does not fit the base model: it has no weights for {path}")
+    return adapted
+
+
+def read_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and tensors of an adapter folder that this library wrote.
+
+    Raises:
+        InputError: as :func:`open_adapter`.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise InputError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        tensors = load_file(path)
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be used: {one_line(error)}") from None
+    if not isinstance(config, AdapterConfig):
+        raise InputError(f"{folder} holds a {config.peft_type} adapter; lorma exports its own methods only")
+    config.inference_mode = True
+    return config, tensors

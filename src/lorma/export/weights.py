@@ -1,0 +1,203 @@
+"""The weights of a base model, each read when it is asked for, by its name in the model.
+
+A checkpoint in safetensors (one file or shards with an index; a folder or the hub's cache) is read tensor by tensor. A
+GGUF file is unpacked by transformers and held whole. Nothing else is read: no pickles.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lorma.errors import InputError
+from lorma.export.base import Base, one_line
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class BaseWeights(ABC):
+    """Parameters of a base model, each read when it is asked for.
+
+    Names are those of the model that ``open_weights`` was given, without any wrapper of PEFT.
+    """
+
+    @abstractmethod
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has this parameter; a head that is trained anew it has not."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one parameter, without reading it."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One parameter in the precision in which it is stored.
+
+        Raises:
+            InputError: the checkpoint has no such parameter.
+        """
+
+    def _missing(self, name: str, path: str) -> InputError:
+        return InputError(f"the base model {path!r} has no weight for {name}")
+
+
+class SafetensorsWeights(BaseWeights):
+    """A checkpoint in safetensors, one file or shards.
+
+    Attributes:
+        shards: which file each tensor of the checkpoint is in, by the checkpoint's own names.
+        checkpoint_names: what the checkpoint calls each parameter of the model that it has.
+    """
+
+    def __init__(self, base: Base, model: nn.Module) -> None:
+        self.base = base
+        self.shards = _find_shards(base)
+        self.checkpoint_names = match_names(model, self.shards)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint_names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with self.open(name) as file:
+            return tuple(file.get_slice(self.checkpoint_names[name]).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        with self.open(name) as file:
+            tensor: Tensor = file.get_tensor(self.checkpoint_names[name])
+            return tensor
+
+    def file_of(self, shard: str) -> Path:
+        """Where a shard lies; one on the hub is fetched into the cache."""
+        return _file(self.base, shard)
+
+    def open(self, name: str) -> Any:
+        """The open safetensors file that holds one parameter of the model (a context manager)."""
+        if name not in self.checkpoint_names:
+            raise self._missing(name, self.base.path)
+        path = self.file_of(self.shards[self.checkpoint_names[name]])
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is truncated or not a safetensors file ({one_line(error)})") from None
+
+
+class LoadedWeights(BaseWeights):
+    """Parameters of a model that is loaded whole, for checkpoints that cannot be read in parts."""
+
+    def __init__(self, base: Base, model: Any) -> None:
+        self.base = base
+        self.model = load_whole(base, type(model))
+        self._state = self.model.state_dict()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._state
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.read(name).shape)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._state:
+            raise self._missing(name, self.base.path)
+        tensor: Tensor = self._state[name]
+        return tensor
+
+
+def open_weights(base: Base, model: Any) -> BaseWeights:
+    """The weights of ``base`` under the names that ``model`` (see :func:`meta_model`) gives them.
+
+    Raises:
+        InputError: no safetensors and no GGUF file, an index that names files elsewhere, or names that do not belong
+            to this model.
+    """
+    return LoadedWeights(base, model) if base.gguf_file else SafetensorsWeights(base, model)
+
+
+def load_whole(base: Base, model_class: Any) -> Any:
+    """The base model with its weights, in float32 if they are unpacked from a GGUF file."""
+    import transformers
+
+    kwargs: dict[str, Any] = {**base.hub_kwargs(), **base.model_kwargs}
+    if base.gguf_file:
+        kwargs["dtype"] = torch.float32
+        if hasattr(transformers, "GgufConfig"):
+            kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        kwargs |= {"dtype": "auto", "use_safetensors": True}
+    try:
+        with redirect_stderr(io.StringIO()):
+            return model_class.from_pretrained(base.path, **kwargs).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"base model {base.path!r} cannot be loaded: {one_line(error)}") from None
+
+
+def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """What a checkpoint calls each parameter of a model: the same, or with the base model's prefix more or less.
+
+    A BertModel checkpoint under a BertForSequenceClassification lacks ``bert.``. A tied parameter is found under the
+    name of the one that it shares.
+
+    Raises:
+        InputError: no parameter is in the checkpoint at all.
+    """
+    available = set(stored)
+    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+
+    def find(name: str) -> str | None:
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in available), None)
+
+    names: dict[str, str] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        found = find(name) or (find(tied[name]) if name in tied else None)
+        if found is not None:
+            names[name] = found
+    if not names:
+        raise InputError(
+            f"the checkpoint does not belong to a {type(model).__name__}: it has no weight of it, but "
+            f"{', '.join(sorted(available)[:2]) or 'nothing'}"
+        )
+    return names
+
+
+def _find_shards(base: Base) -> dict[str, str]:
+    index = _file(base, INDEX_FILE, optional=True)
+    if index is not None:
+        try:
+            shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{index} cannot be read: {one_line(error)}") from None
+        for shard in set(shards.values()):
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise InputError(f"{index} names {shard!r}, which is no safetensors file beside it")
+        return shards
+    path = _file(base, SINGLE_FILE, optional=True)
+    if path is None:
+        raise InputError(
+            f"base model {base.path!r} has no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors are read"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or not a safetensors file ({one_line(error)})") from None
+
+
+def _file(base: Base, name: str, optional: bool = False) -> Any:
+    """A file of the base model's folder or repository; None if it is optional and not there."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(base.path, name, revision=base.revision, _raise_exceptions_for_missing_entries=not optional)
+    except OSError as error:
+        raise InputError(f"base model {base.path!r} cannot be read: {one_line(error)}") from None
+    return None if found is None else Path(found)
