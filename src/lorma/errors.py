@@ -23,3 +23,11 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest option, or an empty string when none is near."""
     near = closest(name, options, limit=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_line(message: object, limit: int = 400) -> str:
+    """A message in one line that a terminal can show: no breaks, no control characters, its middle cut out if long."""
+    text = " ".join(str(message).split())
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} … {text[-(limit // 2) :]}"
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -112,7 +112,7 @@ def break_task(run):
     [
         (break_truncate, "adapter_model.safetensors is truncated or not a safetensors file"),
         (break_foreign, "holds no weights named lorma_A"),
-        (break_shape, "torch.Size([2, 5]) from checkpoint, the shape in current model is torch.Size([2, 32])"),
+        (break_shape, "lorma_A has shape [2, 5], the model has room for [2, 32]"),
         (break_type, "lorma_alpha='eight' must be a finite number"),
         (break_method, "NOT_A_METHOD"),
         (break_missing, "has no adapter_model.safetensors"),

@@ -64,7 +64,7 @@ def test_missing_and_foreign_tensors(mlp, folder):
     with pytest.warns(UserWarning, match="missing adapter keys.*up.lorma_B"):
         PeftModel.from_pretrained(copy.deepcopy(mlp), folder)
     adapted(mlp).save_pretrained(folder)
-    rewrite(folder, lambda tensors: tensors.update({"base_model.model.down.lorma_A": torch.zeros(2, 2)}))
+    rewrite(folder, lambda tensors: tensors.update({"base_model.model.down.lorma_A": torch.zeros(8, 2)}))
     with pytest.raises(ValueError, match="holds base_model.model.down.lorma_A, which the adapted model does not have"):
         PeftModel.from_pretrained(copy.deepcopy(mlp), folder)
 

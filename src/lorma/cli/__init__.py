@@ -10,8 +10,9 @@ import typer
 from lorma._version import __version__
 from lorma.cli import compare, evaluate, methods, predict, report, train
 from lorma.cli.common import plain_console
-from lorma.errors import InputError
+from lorma.errors import InputError, one_line
 
+ERROR_LENGTH = 2000
 INTERRUPTED = 130
 """The exit code typer turns Ctrl-C into."""
 
@@ -50,7 +51,7 @@ def main() -> None:
     except InputError as error:
         if debug:
             raise
-        errors.print(f"lorma: {error}")
+        errors.print(f"lorma: {one_line(error, ERROR_LENGTH)}")
         sys.exit(2)
     except SystemExit as stop:
         if stop.code != INTERRUPTED:
@@ -60,7 +61,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        reason = " ".join(str(error).split()) or "no message"
+        reason = one_line(error, ERROR_LENGTH) or "no message"
         errors.print(f"lorma: failed: {type(error).__name__}: {reason} (--debug shows more)")
         sys.exit(1)
 

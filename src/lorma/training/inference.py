@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 
-from lorma.errors import InputError
+from lorma.errors import InputError, one_line
 from lorma.files import META_FILE
 from lorma.tasks import CausalLM, Task, get_task
 from lorma.training.methods.adalora import loss_of_the_task
 from lorma.training.models import load_model, load_tokenizer, locate
 from lorma.training.recipe import ModelSpec
 from lorma.training.rundir import RunDirectory
-from lorma.tuners.adapter_file import WEIGHTS_NAME, adapter_shapes
+from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
+from lorma.tuners.untrusted import read_json
 
 BATCH = 16
+MAX_LABELS = 10_000
+MAX_TOKENS = 1 << 20
+"""Bounds on what a folder may say about its task, so that it cannot ask for any amount of memory."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,15 @@ def load_predictor(path: str | Path, *, trust_remote_code: bool = False) -> Pred
         InputError: a path that is none of them, an unfinished run, or weights that are broken or do not fit.
     """
     folder = _weights_folder(Path(path).expanduser())
-    kept = _read_json(folder / META_FILE)
+    kept = read_json(folder, META_FILE)
     try:
         asked = {**kept["model"], "trust_remote_code": trust_remote_code}
         spec, meta = ModelSpec.model_validate(asked), dict(kept["data"])
         task = get_task(meta["task"])
-        for key in ("format", "text", "labels", "max_length"):
-            meta[key]
+        _check_meta(meta)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / META_FILE} does not describe a task ({' '.join(str(error).split())})") from None
-    whole = not (folder / "adapter_config.json").is_file()
+        raise InputError(one_line(f"{folder / META_FILE} does not describe a task ({error})")) from None
+    whole = not (folder / CONFIG_NAME).is_file()
     if whole:
         spec = spec.model_copy(update={"name": str(folder.resolve()), "gguf_file": None, "revision": None})
     tokenizer = load_tokenizer(spec)
@@ -90,32 +93,59 @@ def load_predictor(path: str | Path, *, trust_remote_code: bool = False) -> Pred
     return Predictor(model.to(device).eval(), tokenizer, task, meta)
 
 
+def _check_meta(meta: dict[str, Any]) -> None:
+    for key in ("format", "text", "labels", "max_length"):
+        meta[key]
+    for key in ("format", "text", "text_pair", "prompt", "completion", "messages", "label"):
+        if not isinstance(meta.get(key), (str, type(None))):
+            raise TypeError(f"{key} must be a string or null")
+    labels, length = meta["labels"], meta["max_length"]
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise TypeError("labels must be a list of strings or null")
+    if labels is not None and not 1 < len(labels) <= MAX_LABELS:
+        raise ValueError(f"labels has {len(labels):,} entries; allowed: 2 to {MAX_LABELS:,}")
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= MAX_TOKENS:
+        raise ValueError(f"max_length={length!r} must be an int from 1 to {MAX_TOKENS:,}")
+
+
 def load_adapter(model: Any, folder: Path) -> Any:
-    """``PeftModel.from_pretrained`` with every complaint about the files turned into one line.
+    """The model with the adapter of a folder on it; nothing in the folder is trusted.
+
+    The adapter is put on without memory (meta) first and compared with what the weights file says of itself. Only if
+    every weight is there, has its place and fits are weights read.
 
     Raises:
-        InputError: a missing, truncated or foreign weights file, a configuration with a wrong value, shapes that do
-            not fit the base model.
+        InputError: whatever is wrong with the folder, or does not fit the base model; one line.
     """
     from peft import PeftModel, get_peft_model_state_dict
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-    if not (folder / WEIGHTS_NAME).is_file():
-        raise InputError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
-    _read_json(folder / "adapter_config.json")
+    adapter = read_adapter(folder)
+    check_whole_modules(model, adapter)
+    wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)  # type: ignore[arg-type]
+    refusal = f"{folder} cannot be used"
     try:
-        found = adapter_shapes(folder / WEIGHTS_NAME)
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapted = wrap(model, adapter.config, low_cpu_mem_usage=True)
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in sorted(expected.keys() ^ adapter.tensors.keys()):
+            fault = "lacks" if name in expected else "holds"
+            raise InputError(f"{refusal}: its {WEIGHTS_NAME} {fault} {name}, so it belongs to another model")
+        for name, shape in expected.items():
+            if adapter.tensors[name].shape != shape:
+                raise InputError(
+                    f"{refusal}: {name} has shape {list(adapter.tensors[name].shape)}, the model has room for "
+                    f"{list(shape)}"
+                )
+        adapted.load_adapter(str(folder), "default", low_cpu_mem_usage=True)
+    except InputError:
+        raise
     except KeyError as error:
-        raise InputError(f"{folder} cannot be used: it has no entry {error}") from error
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise InputError(f"{folder} cannot be used: {' '.join(str(error).split())}") from error
+        raise InputError(one_line(f"{refusal}: it has no entry {error}")) from error
+    except (ValueError, TypeError, RuntimeError, AttributeError, OSError) as error:
+        raise InputError(one_line(f"{refusal}: {error}")) from error
     loss_of_the_task(adapted)
-    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(expected.keys() ^ found.keys()):
-        fault = "lacks" if name in expected else "holds"
-        raise InputError(f"{folder} cannot be used: its {WEIGHTS_NAME} {fault} {name}, so it belongs to another model")
-    return adapted
+    return adapted.eval()
 
 
 def evaluate(run: RunDirectory, *, trust_remote_code: bool = False) -> dict[str, float]:
@@ -156,7 +186,7 @@ def usage_lines(run: RunDirectory) -> list[str]:
         ]
     task = get_task(recipe.task)
     whole = run.model.is_dir()
-    meta = _read_json((run.model if whole else run.adapter) / META_FILE)["data"]
+    meta = read_json(run.model if whole else run.adapter, META_FILE)["data"]
     source = locate(recipe.model)
     arguments = [repr(str(run.model) if whole else source.path)]
     if source.gguf_file and not whole:
@@ -190,13 +220,3 @@ def _weights_folder(path: Path) -> Path:
     if not (path / META_FILE).is_file():
         raise InputError(f"{path} is neither a run directory nor an adapter trained by lorma: it has no {META_FILE}")
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return content

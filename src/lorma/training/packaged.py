@@ -73,6 +73,8 @@ def find_model(name: str, gguf_file: str | None = None, revision: str | None = N
         return Source(alias.hub, None, revision, alias.hub)
     if Path(name).expanduser().is_dir():
         path = str(Path(name).expanduser().resolve())
+        if gguf_file and (Path(gguf_file).is_absolute() or ".." in Path(gguf_file).parts):
+            raise InputError(f"model.gguf_file={gguf_file!r} must name a file inside the model's folder")
         if gguf_file and not (Path(path) / gguf_file).is_file():
             raise InputError(f"model.gguf_file={gguf_file!r}: there is no such file in {path}")
         return Source(path, gguf_file, None, path)

@@ -1,26 +1,243 @@
-"""Looking into ``adapter_model.safetensors`` without loading it."""
+"""Adapter folders, which may come from anyone: read and checked as a whole before a model is touched.
+
+An adapter is ``adapter_config.json`` and ``adapter_model.safetensors``. Both are bounded in size, must agree with each
+other (ranks, names of weights), and are read without importing or running anything that they name.
+"""
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from lorma.errors import InputError, did_you_mean, one_line
+from lorma.tuners import validation as check
+from lorma.tuners.untrusted import TensorInfo, read_header, read_json
+
+CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+"""What PEFT calls the base model in the names of weights."""
+
+MAX_FACTOR = 1 << 28
+"""Numbers in one factor: 1 GiB in float32."""
+MAX_PATTERNS = 1024
+"""Entries of ``rank_pattern`` and the like, each of which PEFT matches against each layer."""
+FROM_PEFT = ("LORA", "ADALORA", "VERA", "HIRA", "OFT")
+"""PEFT's own methods that are read: those that recipes can name. Others load further files or tokenizers by name."""
+REFUSED_FIELDS = ("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "arrow_config")
+"""Fields of those with which PEFT imports modules or computes on data; a trained adapter needs none of them."""
+RANK_DIMENSION = {
+    **{
+        f"{method}_{factor}": int(factor == "B")
+        for method in ("lora", "hira", "lorma", "lora_embedding")
+        for factor in "AB"
+    },
+    "tlora_B": 0,
+    "vera_lambda_d": 0,
+}
+"""Which dimension of a weight is the adapter's rank, by the name of the weight."""
 
 
-def adapter_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a safetensors file, read from its header.
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder that has been looked through; tensors are read when they are asked for.
+
+    Attributes:
+        folder: where it lies.
+        config: its configuration, of the class that PEFT has for the method.
+        tensors: shapes and dtypes of its weights by name.
+    """
+
+    folder: Path
+    config: PeftConfig
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def method(self) -> str:
+        """The method's name in PEFT, such as ``"LORMA"``."""
+        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is stored."""
+        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def modules(self, part: str) -> list[str]:
+        """Names of the tensors called ``part`` (``"lorma_A"``) without that part, sorted by layer."""
+        end = f".{part}"
+        found = [name.removesuffix(".weight").removesuffix(end) for name in self.tensors if _part_of(name) == part]
+        return sorted(found, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+
+
+def read_adapter(folder: str | Path) -> AdapterFile:
+    """Look through an adapter folder.
+
+    Nothing that the folder names is imported, opened or downloaded, and no tensor is read.
 
     Raises:
-        ValueError: if the file is truncated or no safetensors file; the message names it.
+        InputError: whatever is wrong with it, in one line: a missing, linked, oversized, truncated or foreign file, a
+            field of a wrong type or value, a method that is not known, ranks that the weights do not have.
     """
+    folder = Path(folder)
+    config = read_config(folder)
+    if not (folder / WEIGHTS_NAME).exists() and (folder / PICKLE_NAME).exists():
+        raise InputError(f"{folder} has no {WEIGHTS_NAME}; {PICKLE_NAME} is not read, only safetensors")
+    found = AdapterFile(folder, config, read_header(folder, WEIGHTS_NAME))
+    check_weights(folder, config, found.tensors)
+    return found
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The configuration of an adapter folder; see :func:`read_adapter`."""
+    content = read_json(folder, CONFIG_NAME)
+    path = folder / CONFIG_NAME
+    kind = content.get("peft_type")
+    known = [str(member.value) for member in PEFT_TYPE_TO_CONFIG_MAPPING]
+    if not isinstance(kind, str) or kind not in known:
+        hint = did_you_mean(kind, known) if isinstance(kind, str) else ""
+        raise InputError(one_line(f"{path}: peft_type={kind!r} is no method of PEFT or lorma{hint}"))
+    cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]  # type: ignore[index]
+    if cls.__module__.startswith("peft.") and kind not in FROM_PEFT:
+        raise InputError(f"{path}: peft_type={kind!r} is not read here; allowed of PEFT's own: {', '.join(FROM_PEFT)}")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); copy or save it again") from error
+        _check_common(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # unknown keys of a later version, patterns that will change their meaning
+            config: PeftConfig = cls.from_peft_type(**content)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(one_line(f"{path}: {error}")) from None
+    # Only PEFT's Auto classes read this; they import the module that it names.
+    config.auto_mapping = None
+    return config
+
+
+def _check_common(content: dict[str, Any]) -> None:
+    for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
+        value = content.get(name)
+        if value is not None and (not isinstance(value, str) or len(value) > 4096 or not value.isprintable()):
+            raise TypeError(f"{name}={value!r} must be a string or null")
+    check.check_bool("inference_mode", content.get("inference_mode", True))
+    for name in REFUSED_FIELDS:
+        if content.get(name):
+            raise ValueError(f"{name} must be null in an adapter that has been trained")
+    for name in ("rank_pattern", "alpha_pattern", "fused_projections"):
+        if isinstance(content.get(name), dict) and len(content[name]) > MAX_PATTERNS:
+            raise ValueError(f"{name} has {len(content[name]):,} entries; allowed: {MAX_PATTERNS:,}")
+    for name in ("target_modules", "exclude_modules"):
+        check.check_names(name, content.get(name))
+        check.check_regex(name, content.get(name))
+    layers = content.get("layers_pattern")
+    for pattern in layers if isinstance(layers, list) else [layers]:
+        check.check_regex("layers_pattern", pattern)
+    for name in ("modules_to_save", "target_parameters"):
+        check.check_names(name, content.get(name), pattern=False)
+    for name in ("r", "init_r", "target_r"):
+        if content.get(name) and not isinstance(content[name], int):
+            raise TypeError(f"{name}={content[name]!r} must be an int")
+    if not isinstance(content.get("rank_pattern") or {}, dict):
+        raise TypeError(f"rank_pattern={content['rank_pattern']!r} must be a dict from module names to ranks")
+    for pattern in content.get("rank_pattern") or {}:
+        check.check_regex("key of rank_pattern", pattern)
+
+
+def check_names(folder: Path, weights: tuple[str, ...], tensors: Iterable[str]) -> None:
+    """Refuse a file without any weight of the method's (``InputError``)."""
+    if weights and not any(_part_of(name) in weights for name in tensors):
+        first = ", ".join(sorted(tensors)[:2]) or "nothing"
+        named = f"{folder / WEIGHTS_NAME} holds no weights named {' or '.join(weights)}"
+        raise InputError(one_line(f"{named}; it holds {first}"))
+
+
+def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse weights that are another method's, too large, or of other ranks than ``config`` says.
+
+    Raises:
+        InputError: naming the file, the weight, and both ranks.
+    """
+    check_names(folder, getattr(config, "weight_names", ()), tensors)
+    path = folder / WEIGHTS_NAME
+    factors = {name: info for name, info in tensors.items() if _part_of(name) in RANK_DIMENSION}
+    for name, (shape, dtype) in factors.items():
+        numbers = 1
+        for size in shape:
+            numbers *= size
+        if not dtype.is_floating_point or not shape or not 0 < numbers <= MAX_FACTOR:
+            raise InputError(
+                f"{path}: {name} is of type {dtype} and shape {list(shape)}; a factor holds floating-point numbers, "
+                f"at least one and at most {MAX_FACTOR:,}"
+            )
+    widest = max((size for shape, _ in factors.values() for size in shape), default=0)
+    stated = [getattr(config, name, None) for name in ("r", "init_r", "target_r")]
+    stated += [value for value in (getattr(config, "rank_pattern", None) or {}).values() if isinstance(value, int)]
+    for rank in stated:
+        if factors and isinstance(rank, int) and rank > widest:
+            raise InputError(
+                f"{folder / CONFIG_NAME} states a rank of {rank}; the widest weight in {path} has {widest}"
+            )
+    if config.peft_type == "ADALORA":  # whose ranks change in training
+        return
+    patterns = {key: re.compile(rf"(.*\.)?({key})$") for key in getattr(config, "rank_pattern", None) or {}}
+    for name, (shape, _) in factors.items():
+        part = _part_of(name)
+        dimension = RANK_DIMENSION[part]
+        rank = shape[dimension] if dimension < len(shape) else None
+        allowed = _ranks_of(name, part, config, patterns)
+        if rank not in allowed:
+            raise InputError(
+                f"{path}: {name} has shape {list(shape)}, but {CONFIG_NAME} states rank "
+                f"{' or '.join(map(str, sorted(allowed)))} for it"
+            )
+
+
+def _ranks_of(name: str, part: str, config: Any, patterns: dict[str, re.Pattern[str]]) -> set[int]:
+    """Ranks that the configuration states for the layer that a weight belongs to.
+
+    Wrappers inside each other (several parameters of a module, the two weights of an attention) go by other names in
+    the pattern than in the file.
+    """
+    layer = name.removesuffix(".weight").removesuffix(f".{part}").removeprefix(PREFIX).partition(".base_layer")[0]
+    parameters = [p.rpartition(".")[2] for p in getattr(config, "target_parameters", None) or ()]
+    names = [layer, *(f"{layer}.{parameter}" for parameter in parameters)]
+    return {
+        next((config.rank_pattern[key] for key, pattern in patterns.items() if pattern.match(candidate)), config.r)
+        for candidate in names
+    }
+
+
+def _part_of(name: str) -> str:
+    """``"lorma_A"`` of ``"….query.lorma_A"``, ``"lora_A"`` of ``"….query.lora_A.weight"``."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def check_whole_modules(model: nn.Module, adapter: AdapterFile) -> None:
+    """Refuse ``modules_to_save`` that the file does not hold whole, before PEFT makes copies of them.
+
+    Raises:
+        InputError: naming the weight.
+    """
+    wanted = tuple(getattr(adapter.config, "modules_to_save", None) or ())
+    for path, module in model.named_modules() if wanted else ():
+        if not path.endswith(wanted):
+            continue
+        for key, tensor in module.state_dict().items():
+            name = f"{PREFIX}{path}.{key}"
+            if name not in adapter.tensors or adapter.tensors[name].shape != tuple(tensor.shape):
+                found = list(adapter.tensors[name].shape) if name in adapter.tensors else "nothing"
+                raise InputError(
+                    f"{adapter.folder} cannot be used: its modules_to_save name {path}, for which {WEIGHTS_NAME} "
+                    f"should hold {name} of shape {list(tensor.shape)}; it holds {found}"
+                )
 
 
 def check_adapter_folder(folder: Path, weights: tuple[str, ...]) -> None:
@@ -30,15 +247,10 @@ def check_adapter_folder(folder: Path, weights: tuple[str, ...]) -> None:
         weights: names that the method gives its weights.
 
     Raises:
-        ValueError: naming the file and what it holds instead.
+        InputError: naming the file and what it holds instead.
     """
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        return
-    shapes = adapter_shapes(path)
-    if weights and not any(f".{weight}" in name for name in shapes for weight in weights):
-        first = ", ".join(sorted(shapes)[:2]) or "nothing"
-        raise ValueError(f"{path} holds no weights named {' or '.join(weights)}; it holds {first}")
+    if (folder / WEIGHTS_NAME).exists():
+        check_names(folder, weights, read_header(folder, WEIGHTS_NAME))
 
 
 def check_known(places: set[str], found: Iterable[str], parts: tuple[str, ...]) -> None:
@@ -52,9 +264,8 @@ def check_known(places: set[str], found: Iterable[str], parts: tuple[str, ...]) 
     Raises:
         ValueError: naming the weight.
     """
-    prefix = "base_model.model."
-    wrapped = any(name.startswith(prefix) for name in places)
+    wrapped = any(name.startswith(PREFIX) for name in places)
     for key in found:
-        name = key if wrapped else key.removeprefix(prefix)
+        name = key if wrapped else key.removeprefix(PREFIX)
         if any(f".{part}" in key for part in parts) and name not in places:
             raise ValueError(f"the adapter file holds {name}, which the adapted model does not have")

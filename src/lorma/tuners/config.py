@@ -10,8 +10,9 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from lorma.tuners import validation as check
-from lorma.tuners.adapter_file import check_adapter_folder
+from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_weights, read_config
 from lorma.tuners.merge import UNDO_CHOICES
+from lorma.tuners.untrusted import read_header
 
 
 @dataclass
@@ -105,13 +106,16 @@ class AdapterConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Read ``adapter_config.json`` of a folder or hub repository.
 
-        A local folder's ``adapter_model.safetensors`` is looked at as well, so that a truncated or foreign file is
-        refused before a model is touched.
+        A local folder's ``adapter_model.safetensors`` is looked at as well, so that a truncated or foreign file, or
+        one of other ranks, is refused before a model is touched; see :mod:`lorma.tuners.adapter_file`.
 
         Raises:
-            TypeError, ValueError: for values that are not allowed, or a weights file of another method.
+            TypeError, ValueError: for values that are not allowed, or weights that do not belong to them.
         """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / CONFIG_NAME).is_file():
+            read_config(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, cls):
-            check_adapter_folder(Path(pretrained_model_name_or_path, subfolder or ""), cls.weight_names)
+        if isinstance(config, cls) and (folder / WEIGHTS_NAME).is_file():
+            check_weights(folder, config, read_header(folder, WEIGHTS_NAME))
         return config
