@@ -5,7 +5,7 @@ that names the module; see docs/methods.md.
 """
 
 from lorma.training.methods import whole  # isort: skip
-from lorma.training.methods import adalora, additive, multiplicative
+from lorma.training.methods import adalora, additive, multiplicative, own
 from lorma.training.methods.registry import GROUP, Method, all_methods, get_method, method_names, register_method
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "get_method",
     "method_names",
     "multiplicative",
+    "own",
     "register_method",
     "whole",
 ]

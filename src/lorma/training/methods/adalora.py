@@ -43,7 +43,7 @@ def loss_of_the_task(model: Any) -> None:
 
     tuner: Any = model.base_model
     if isinstance(tuner, AdaLoraModel):
-        tuner.forward = tuner.model.forward
+        vars(tuner)["forward"] = tuner.model.forward
 
 
 def _prepare(model: Any, adapter: AdapterSpec, task_type: str) -> None:
