@@ -1,4 +1,4 @@
-"""The mathematics of LoRMA in eager PyTorch: tensors in, tensors out.
+"""The mathematics of LoRMA and TLoRA in eager PyTorch: tensors in, tensors out.
 
 Every function here is the reference that modules and kernels are tested against. None of them knows about modules,
 PEFT or files. Symbols: ``W0`` (d × k) is the frozen weight, ``A`` (r × n) and ``B`` (n × r) the trainable factors with
@@ -27,7 +27,14 @@ from lorma.functional.multiplier import (
     update_matrix,
 )
 from lorma.functional.norms import multiplied_row_norms
+from lorma.functional.projection import checksum
 from lorma.functional.start import init_factors
+from lorma.functional.tri_matrix import (
+    draw_projections,
+    tri_matrix_delta,
+    tri_matrix_lora_form,
+    tri_matrix_update,
+)
 
 __all__ = [
     "INFLATIONS",
@@ -35,9 +42,11 @@ __all__ = [
     "Inflation",
     "Side",
     "apply_multiplier",
+    "checksum",
     "compose",
     "condition_number",
     "delta_weight",
+    "draw_projections",
     "init_factors",
     "inverse_delta_weight",
     "invert",
@@ -48,5 +57,8 @@ __all__ = [
     "multiplier_update",
     "rotate_rows",
     "singular_range",
+    "tri_matrix_delta",
+    "tri_matrix_lora_form",
+    "tri_matrix_update",
     "update_matrix",
 ]

@@ -80,3 +80,11 @@ def check_pattern(name: str, value: Any, check: Any) -> None:
             raise TypeError(f"{name} has the key {key!r}; keys must be module names or regular expressions")
         check_regex(f"key of {name}", key)
         check(f"{name}[{key!r}]", entry)
+
+
+def check_seed(name: str, value: Any) -> None:
+    """A seed is an int from 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int from 0, not {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}={value} must be an int from 0")

@@ -1,0 +1,162 @@
+"""What every TLoRA layer has, whatever it wraps: fixed and trained matrices, the formula for ΔW.
+
+The weight counts as one matrix of d × k: a convolution's kernel as out × (in/groups · positions), stacked experts and
+the projections of an attention as one tall matrix. So every layer trains r² + 1 numbers, and its update has rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from lorma import functional
+from lorma.tuners.layer import AdapterLayer
+from lorma.tuners.placing import execution_device
+from lorma.tuners.tlora.config import TLoraConfig
+
+
+class FixedTensors(BufferDict):
+    """Buffers by adapter name, each of which is part of the state dict or not."""
+
+    def put(self, key: str, tensor: Tensor, *, saved: bool) -> None:
+        """Hold ``tensor`` under ``key``; ``saved``: in the state dict as well."""
+        self.register_buffer(key, tensor, persistent=saved)
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        self.put(key, tensor, saved=key not in self._non_persistent_buffers_set)
+
+
+class TLoraLayer(AdapterLayer):
+    """Base of all TLoRA layers.
+
+    Attributes, each keyed by adapter name: ``tlora_B`` (r × r) and ``tlora_scale`` (one number), trained; ``tlora_A``
+    (k × r) and ``tlora_C`` (r × d), buffers; ``r``, ``seed``, ``tlora_dropout``, ``undo``; and on the first layer of
+    an adapter ``tlora_checksum``, one number for each of the adapter's layers.
+    """
+
+    adapter_layer_names = ("tlora_B", "tlora_scale")
+    fixed_names = ("tlora_A", "tlora_C")
+    other_param_names = ("r", "seed", "tlora_dropout", "undo", "tlora_A", "tlora_C", "tlora_checksum")
+
+    def __init__(self, base_layer: nn.Module, layer_name: str, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, layer_name, **quantization_kwargs)
+        self.r: dict[str, int] = {}
+        self.seed: dict[str, int] = {}
+        self.tlora_dropout = nn.ModuleDict({})
+        self.tlora_B = nn.ParameterDict({})
+        self.tlora_scale = nn.ParameterDict({})
+        self.tlora_A = FixedTensors()
+        self.tlora_C = FixedTensors()
+        self.tlora_checksum = FixedTensors()
+
+    def update_layer(self, adapter_name: str, *, config: TLoraConfig, r: int) -> None:
+        """Add an adapter, or replace the one of this name."""
+        self.r[adapter_name] = r
+        self.seed[adapter_name] = config.seed
+        self.undo[adapter_name] = config.undo
+        self.tlora_dropout[adapter_name] = nn.Dropout(config.tlora_dropout) if config.tlora_dropout else nn.Identity()
+        dtype = self._start_dtype()
+        self.tlora_B[adapter_name] = nn.Parameter(torch.zeros(r, r, dtype=dtype))
+        self.tlora_scale[adapter_name] = nn.Parameter(torch.ones(1, dtype=dtype))
+        for held, matrix in zip((self.tlora_A, self.tlora_C), self._start_projections(adapter_name), strict=True):
+            held.put(adapter_name, matrix.to(dtype), saved=config.save_projection)
+        if adapter_name in self.tlora_checksum:
+            del self.tlora_checksum[adapter_name]
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """Fill B and the scale with the start of training, or B with noise if ``init_weights`` is False."""
+        B, scale = self.tlora_B[adapter_name], self.tlora_scale[adapter_name]
+        if B.is_meta:
+            return
+        with torch.no_grad():
+            scale.fill_(1)
+            if init_weights:
+                B.zero_()
+            else:
+                nn.init.kaiming_uniform_(B, a=5**0.5)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """d and k of the weight as one matrix."""
+        return self.out_features, self.in_features // self.blocks
+
+    def _start_projections(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A and C; without memory for a model without memory, whose parameters are only counted or not yet loaded."""
+        base = self.get_base_layer()
+        device = execution_device(base, self._get_base_layer_device_and_dtype(base)[0])
+        if device is not None and device.type == "meta":
+            (d, k), r = self.matrix_shape, self.r[adapter_name]
+            return torch.empty(k, r, device="meta"), torch.empty(r, d, device="meta")
+        return self.draw_projections(adapter_name)
+
+    def draw_projections(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A (k × r) and C (r × d) of one adapter, drawn again; see :func:`functional.draw_projections`."""
+        return functional.draw_projections(
+            self.seed[adapter_name], self.layer_name, *self.matrix_shape, self.r[adapter_name]
+        )
+
+    def projection_checksum(self, adapter_name: str) -> int:
+        """64 bits that tell whether two machines have drawn the same A and C."""
+        held = self.tlora_A[adapter_name], self.tlora_C[adapter_name]
+        return functional.checksum(*(self.draw_projections(adapter_name) if held[0].is_meta else held))
+
+    def _tensors(self, adapter_name: str) -> Iterator[tuple[Any, Tensor]]:
+        """As every layer's; matrices that had no memory get it when the base layer has."""
+        self._draw_late(adapter_name)
+        return super()._tensors(adapter_name)
+
+    def _draw_late(self, adapter_name: str) -> None:
+        if adapter_name in self.tlora_A and self.tlora_A[adapter_name].is_meta:
+            matrices = self._start_projections(adapter_name)
+            dtype = self.tlora_A[adapter_name].dtype
+            for held, matrix in zip((self.tlora_A, self.tlora_C), matrices, strict=True):
+                held[adapter_name] = matrix.to(dtype)
+
+    def _matrices(self, adapter_name: str, like: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, B, C and α of one adapter, on the device and in the dtype of ``like``."""
+        A, C = self.tlora_A[adapter_name], self.tlora_C[adapter_name]
+        if A.is_meta and like is not None and not like.is_meta:
+            A, C = self.draw_projections(adapter_name)
+        all_four = A, self.tlora_B[adapter_name], C, self.tlora_scale[adapter_name]
+        return all_four if like is None else tuple(t.to(like.device, like.dtype) for t in all_four)
+
+    def _stored(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """A d × k matrix in the layout of the stored ``weight``."""
+        return matrix.reshape(weight.shape)
+
+    def delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """``α·(A·B·C)ᵀ`` in the layout, device and dtype of ``weight``, whatever numbers that holds."""
+        return self._stored(functional.tri_matrix_delta(*self._matrices(adapter_name, weight)), weight)
+
+    def inverse_delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """The same with the other sign."""
+        return -self.delta_weight_of(adapter_name, weight)
+
+    def lora_form_of(self, adapter_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As every layer's; see :func:`functional.tri_matrix_lora_form`."""
+        if self.blocks > 1:
+            raise ValueError(
+                f"adapter {adapter_name!r} of {self.layer_name} is no LoRA: one update runs through all groups or "
+                "experts of the weight"
+            )
+        return functional.tri_matrix_lora_form(*self._matrices(adapter_name, weight))
+
+    def singular_range_of(self, adapter_name: str) -> tuple[float, float]:
+        """Nothing is multiplied: 1 and 1."""
+        return 1.0, 1.0
+
+    def arithmetic_error_of(self, adapter_name: str, norm: float) -> float:
+        """Bound on the error (Frobenius norm) of adding the update to a weight of this norm in float64."""
+        A, B, C, scale = (t.double() for t in self._matrices(adapter_name))
+        size = (A.norm() * (scale * B).norm() * C.norm()).item()
+        return 4 * torch.finfo(torch.float64).eps * (sum(self.matrix_shape) * size + norm)
+
+    def check_order(self, names: list[str]) -> None:
+        """Updates that are added may come in any order."""

@@ -1,0 +1,119 @@
+"""TLoRA on each kind of layer: ``out = base(x) + dropout(α·x·A·B·C)``, the base layer a black box."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lorma import functional
+from lorma.tuners.attention import AttentionLayer
+from lorma.tuners.parameter import ParameterLayer, ParameterWrapper
+from lorma.tuners.tlora.config import TLoraConfig
+from lorma.tuners.tlora.layer import TLoraLayer
+from lorma.tuners.updating import UpdatingLayer
+
+
+class Linear(UpdatingLayer, TLoraLayer):
+    """TLoRA on ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer."""
+
+    def _updated(self, x: Tensor, result: Tensor, name: str) -> Tensor:
+        return result + self.tlora_dropout[name](self._update(x, *self._matrices(name)))
+
+    def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
+        return functional.tri_matrix_update(self._cast_input_dtype(x, A.dtype), A, B, C, scale)
+
+    def _stored(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.mT if isinstance(self.get_base_layer(), Conv1D) else matrix
+
+
+class Embedding(Linear):
+    """TLoRA on ``nn.Embedding``: tokens are inputs, so A is V × r and C is r × D."""
+
+    def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
+        update = (F.embedding(x, A) @ (scale * B)) @ C
+        # Gemma's embeddings multiply what they look up.
+        factor = getattr(self.get_base_layer(), "embed_scale", None)
+        return update if factor is None else update * factor
+
+    def _stored(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.mT
+
+    def lora_form_of(self, adapter_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As every layer's, for the weight as V × D: ``A' = C``, ``B' = α·A·B``."""
+        down, up = super().lora_form_of(adapter_name, weight)
+        return up.mT, down.mT
+
+
+class ConvNd(Linear):
+    """TLoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
+
+    A is a kernel with r outputs, run with the strides, padding and dilation of the base layer, and B·C a kernel of
+    size 1. With groups, each group of inputs passes through the same A and B, and has its own columns of C.
+    """
+
+    @property
+    def blocks(self) -> int:  # type: ignore[override]
+        """Groups of the convolution."""
+        return cast(int, self.get_base_layer().groups)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Outputs, and inputs of a group times positions of the kernel."""
+        base: Any = self.get_base_layer()
+        return base.out_channels, base.in_channels // base.groups * math.prod(base.kernel_size)
+
+    def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
+        base: Any = self.get_base_layer()
+        kernel = A.mT.reshape(A.shape[1], -1, *base.kernel_size)
+        narrow = base._conv_forward(self._cast_input_dtype(x, A.dtype), torch.cat([kernel] * base.groups), None)
+        wide = ((scale * B) @ C).mT.reshape(C.shape[1], -1, *(1,) * len(base.kernel_size))
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
+        return convolve(narrow, wide, groups=base.groups)
+
+    def _stored(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.reshape(weight.shape)
+
+
+class TLoraParameterLayer(ParameterLayer, TLoraLayer):
+    """A bare parameter that is updated."""
+
+    def update_layer(self, adapter_name: str, *, config: TLoraConfig, **options: Any) -> None:
+        """As every layer's.
+
+        Raises:
+            ValueError: for dropout, which needs the layer's own output.
+        """
+        self.refuse(tlora_dropout=config.tlora_dropout)
+        super().update_layer(adapter_name, config=config, **options)
+
+
+class ParamWrapper(ParameterWrapper, TLoraParameterLayer):
+    """TLoRA on one 2-D or 3-D parameter of any module; the experts of a stack count as one tall matrix."""
+
+    def _stored(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        if not self._transposed:
+            return matrix.reshape(weight.shape)
+        return matrix.reshape(weight.mT.shape).mT
+
+
+class MultiheadAttention(AttentionLayer, TLoraParameterLayer):
+    """TLoRA on both weights of ``nn.MultiheadAttention``: query, key and value as one tall matrix, and ``out_proj``."""
+
+    inner_class = Linear
+    blocks = 3
+
+
+KINDS: dict[type[nn.Module], Any] = {
+    nn.Linear: Linear,
+    Conv1D: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv1d: ConvNd,
+    nn.Conv2d: ConvNd,
+    nn.Conv3d: ConvNd,
+    nn.MultiheadAttention: MultiheadAttention,
+}
