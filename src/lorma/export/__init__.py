@@ -1,1 +1,7 @@
 """Adapters for the world outside: plain LoRA folders, llama.cpp files, merged checkpoints."""
+
+from lorma.export.base import Base
+from lorma.export.lora import LayerReport, export_lora, export_lora_state_dict
+from lorma.export.truncation import Truncation
+
+__all__ = ["Base", "LayerReport", "Truncation", "export_lora", "export_lora_state_dict"]

@@ -13,21 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, get_peft_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import get_peft_model
 from torch import Tensor, nn
 
-from lorma.errors import InputError
-from lorma.export.base import Base, meta_model, one_line
+from lorma.errors import InputError, one_line
+from lorma.export.base import Base, meta_model
 from lorma.export.weights import BaseWeights, open_weights
-from lorma.tuners.adapter_file import WEIGHTS_NAME
+from lorma.tuners.adapter_file import PREFIX, read_adapter
 from lorma.tuners.config import AdapterConfig
 from lorma.tuners.layer import AdapterLayer
 
 NAME = "default"
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of the base model's modules, in a PeftModel and in adapter files."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +113,15 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
 
 
 def read_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration and tensors of an adapter folder that this library wrote.
+    """Configuration and tensors of an adapter folder of one of this library's methods.
 
     Raises:
         InputError: as :func:`open_adapter`.
     """
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise InputError(f"{folder} has no {WEIGHTS_NAME}; only safetensors are read")
-    try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
-        tensors = load_file(path)
-    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be used: {one_line(error)}") from None
-    if not isinstance(config, AdapterConfig):
-        raise InputError(f"{folder} holds a {config.peft_type} adapter; lorma exports its own methods only")
-    config.inference_mode = True
-    return config, tensors
+    file = read_adapter(folder)
+    if not isinstance(file.config, AdapterConfig):
+        raise InputError(
+            f"{folder} holds an adapter of PEFT's {file.method}; only those of lorma's methods are exported"
+        )
+    file.config.inference_mode = True
+    return file.config, {name: file.read(name) for name in file.tensors}

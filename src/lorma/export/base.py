@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lorma.errors import InputError
+from lorma.errors import InputError, one_line
 
 AUTO_MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -112,8 +112,3 @@ def meta_model(base: Base, task_type: str | None = None) -> Any:
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise InputError(f"base model {base.path!r} cannot be built: {one_line(error)}") from None
     return model.eval()
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error of another library, in one line of bounded length."""
-    return " ".join(str(error).split())[:300]

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorma.errors import InputError
-from lorma.export.base import Base, one_line
+from lorma.errors import InputError, one_line
+from lorma.export.base import Base
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
