@@ -12,6 +12,10 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def setting(value: float | None) -> str:
+    return MISSING if value is None else f"{value:g}"
+
+
 def metric(value: float | None, sd: float | None = None) -> str:
     """Three decimals below 10 (accuracy, F1, loss), two above (BLEU, perplexity); the deviation to the same place."""
     if value is None or not math.isfinite(value):

@@ -15,12 +15,16 @@ from lorma.analysis.runs import Run
 from lorma.errors import InputError
 
 BASELINE = "lora"
+SETTINGS = {"r": "r", "learning_rate": "Learning rate"}
+"""Settings of a method that are shown where methods differ in them, with the names of their columns."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One method over its seeds. Means are over seeds; None where a number does not exist.
 
+    ``head_parameters`` are those of task heads and other modules that are trained whole; ``r`` is the recipe's
+    ``adapter.r`` (None for a method without such a knob).
     ``metric_sd`` is the sample standard deviation (two seeds or more). ``loss_auc`` is in loss × steps and
     ``auc_change_percent`` is against LoRA over the same steps. ``steps_to_lora_loss`` is the mean over the
     ``seeds_reached`` of ``seeds_compared`` seeds that reached the final loss of the LoRA run with their seed.
@@ -31,6 +35,9 @@ class Row:
     seeds: tuple[int, ...]
     trainable_parameters: int
     adapter_parameters: int
+    head_parameters: int
+    r: int | None
+    learning_rate: float | None
     metric_mean: float | None
     metric_sd: float | None
     loss_auc: float | None
@@ -59,19 +66,28 @@ class Table:
         return any(row.method == BASELINE for row in self.rows)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows as text for people; the two columns against LoRA are there only when LoRA is."""
+        """Header and rows as text for people.
+
+        The two columns against LoRA are there only when LoRA is, r and the learning rate only where they differ.
+        """
         arrow = "↑" if self.greater_is_better else "↓"
-        header = ["Method", "Seeds", "Trainable", "Adapter", f"{self.primary_metric} {arrow}", "Loss AUC ↓"]
+        header = ["Method", "Seeds", *self._own, "Adapter", "Head", f"{self.primary_metric} {arrow}", "Loss AUC ↓"]
         if self.has_baseline:
             header += ["AUC vs LoRA", "Steps to LoRA's loss"]
         return [*header, "Time", "Peak memory"], [self._cells(row) for row in self.rows]
+
+    @property
+    def _own(self) -> list[str]:
+        """Columns of settings in which the methods differ."""
+        return [SETTINGS[key] for key in SETTINGS if differs(self.rows, key)]
 
     def _cells(self, row: Row) -> list[str]:
         cells = [
             row.method,
             str(len(row.seeds)),
-            show.count(row.trainable_parameters),
+            *(show.setting(getattr(row, key)) for key in SETTINGS if differs(self.rows, key)),
             show.count(row.adapter_parameters),
+            show.count(row.head_parameters),
             show.metric(row.metric_mean, row.metric_sd),
             show.area(row.loss_auc),
         ]
@@ -98,6 +114,11 @@ class Table:
         return {"schema_version": 1} | asdict(self)
 
 
+def differs(rows: Iterable[Row], key: str) -> bool:
+    """Whether methods have different values of a setting; methods that lack it do not count."""
+    return len({value for row in rows if (value := getattr(row, key)) is not None}) > 1
+
+
 def build_table(runs: Sequence[Run]) -> Table:
     """Aggregate runs into one row per method, in the order the methods first appear.
 
@@ -106,7 +127,7 @@ def build_table(runs: Sequence[Run]) -> Table:
 
     Raises:
         InputError: no runs; two runs of different task, model or primary metric; one method and seed twice; or one
-            method with different parameter counts.
+            method with different parameter counts, r or learning rates.
     """
     if not runs:
         raise InputError("runs is empty; a table needs at least one run")
@@ -119,7 +140,7 @@ def build_table(runs: Sequence[Run]) -> Table:
             if other.seed == run.seed:
                 both = f"{other.path} and {run.path} are both method {run.method!r} with seed {run.seed}"
                 raise InputError(f"{both}; a table takes each method and seed once")
-            _check_same(other, run, "trainable_parameters", "adapter_parameters")
+            _check_same(other, run, "trainable_parameters", "adapter_parameters", *SETTINGS)
         group.append(run)
     baseline = groups.get(BASELINE, [])
     rows = tuple(_row(group, baseline) for group in groups.values())
@@ -132,7 +153,7 @@ def build_table(runs: Sequence[Run]) -> Table:
 
 def _check_same(first: Run, second: Run, *keys: str) -> None:
     for key in keys:
-        one, two = first.summary[key], second.summary[key]
+        one, two = first.summary.get(key), second.summary.get(key)
         if one != two:
             raise InputError(
                 f"{first.path} has {key}={one!r} but {second.path} has {key}={two!r}; compare like with like"
@@ -152,6 +173,9 @@ def _row(group: list[Run], baseline: list[Run]) -> Row:
         seeds=tuple(run.seed for run in group),
         trainable_parameters=summary["trainable_parameters"],
         adapter_parameters=summary["adapter_parameters"],
+        head_parameters=summary["trainable_parameters"] - summary["adapter_parameters"],
+        r=summary.get("r"),
+        learning_rate=summary.get("learning_rate"),
         metric_mean=_mean(metrics),
         metric_sd=stdev(metrics) if len(metrics) >= 2 and _mean(metrics) is not None else None,
         loss_auc=_mean(map(_area, group)),

@@ -28,10 +28,16 @@ def compare(
     overrides: OverridesArgument = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Comma-separated; see `lorma methods`. Default: the recipe's compare.methods."),
+        typer.Option(help="Comma-separated, or all; see `lorma methods`. Default: the recipe's compare.methods."),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Comma-separated, e.g. 0,1,2. Default: the recipe's compare.seeds.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapter parameters, e.g. 0.3M, 300k or 300000: choose each method's r so that it has about as many."
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Train finished runs anew instead of skipping them.")
@@ -39,14 +45,17 @@ def compare(
     launcher: Annotated[str | None, typer.Option(help="Start each run with this, e.g. 'accelerate launch'.")] = None,
 ) -> None:
     from lorma.analysis import build_table, load_run, write_report
+    from lorma.training.budget import parse_budget
     from lorma.training.compare import compare as run_comparison
 
     console = plain_console()
+    parameters = None if budget is None else parse_budget(budget)
     result = run_comparison(
         recipe,
         overrides or [],
         methods=split_list(methods),
         seeds=_seeds(seeds),
+        budget=parameters,
         overwrite=overwrite,
         launcher=launcher,
         console=console,

@@ -18,8 +18,25 @@ from typing import Any
 from rich.console import Console
 
 from lorma.errors import InputError
-from lorma.training.recipe import Recipe, differences, load_recipe, parse_recipe
+from lorma.training.budget import Choice, Counter
+from lorma.training.methods import get_method, method_names
+from lorma.training.recipe import Recipe, apply_override, differences, load_recipe, parse_recipe
 from lorma.training.rundir import RunDirectory
+
+EVERY = "all"
+"""Stands for every method that is possible on the model of the recipe."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run: its recipe, and what it changes in the one compared."""
+
+    recipe: Recipe
+    changes: list[str]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.recipe.output)
 
 
 @dataclass
@@ -37,15 +54,21 @@ def compare(
     *,
     methods: list[str] | None = None,
     seeds: list[int] | None = None,
+    budget: int | None = None,
     overwrite: bool = False,
     launcher: str | None = None,
     console: Console,
 ) -> Comparison:
     """Train one recipe with every method and seed, into ``<output>/<method>-seed<seed>``.
 
+    A method differs from the recipe in its learning rate if ``compare.learning_rates`` gives it one, and in
+    ``adapter.target_modules`` if it chooses its places itself (bottleneck adapters).
+
     Args:
         recipe_path, overrides: as for :func:`load_recipe`.
-        methods, seeds: instead of the recipe's ``compare`` section.
+        methods, seeds: instead of the recipe's ``compare`` section; ``["all"]`` is every method that is possible on
+            the model.
+        budget: adapter parameters. Each method takes the ``adapter.r`` that brings it nearest.
         overwrite: train finished runs anew.
         launcher: words to start each run with, such as ``accelerate launch``; plain Python when left out.
         console: where to say what is going on.
@@ -56,15 +79,18 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("lorma compare starts its own processes; give the launcher as --launcher 'accelerate launch'")
     recipe = load_recipe(recipe_path, overrides, many_runs=True)
+    if methods == [EVERY]:
+        methods = _possible(recipe, console)
     chosen: dict[str, Any] = {"methods": methods, "seeds": seeds}
     changes = {key: value for key, value in chosen.items() if value is not None}
     recipe = parse_recipe(recipe.model_dump() | {"compare": recipe.compare.model_dump() | changes})
     methods, seeds = recipe.compare.methods, recipe.compare.seeds
-    planned = [_plan(recipe, method, seed) for seed in seeds for method in methods]
+    choices = {} if budget is None else _choose(recipe, methods, budget, console)
+    planned = [_plan(recipe, method, seed, choices.get(method)) for seed in seeds for method in methods]
     result = Comparison(Path(recipe.output))
-    waiting = [run for run in planned if overwrite or not _is_done(run)]
+    waiting = [run for run in planned if overwrite or not _is_done(run.recipe)]
     for number, run in enumerate(planned, start=1):
-        name = Path(run.output).name
+        name = run.path.name
         if run not in waiting:
             console.print(f"[{number}/{len(planned)}] {name}: done before")
         else:
@@ -77,13 +103,63 @@ def compare(
                 console.print(f"  {name} failed with exit code {status}")
                 result.failed.append(name)
                 continue
-        result.finished.append(Path(run.output))
+        result.finished.append(run.path)
     return result
 
 
-def _plan(recipe: Recipe, method: str, seed: int) -> Recipe:
+def _possible(recipe: Recipe, console: Console) -> list[str]:
+    """Names of all methods, without those that the model of the recipe does not allow, which are told with the reason."""
+    counter, names = Counter(recipe), []
+    for name in method_names():
+        try:
+            if recipe.model.quantization is not None and get_method(name).build is None:
+                raise InputError("it trains weights that are quantised (model.quantization)")
+            counter.count(get_method(name), recipe.adapter.r)
+        except InputError as error:
+            console.print(f"{name} is left out: {error}")
+        else:
+            names.append(name)
+    return names
+
+
+def _choose(recipe: Recipe, methods: list[str], budget: int, console: Console) -> dict[str, Choice]:
+    """What each method is trained with, told as it is chosen."""
+    console.print(f"Budget: {budget:,} adapter parameters")
+    choices = {}
+    for name in methods:
+        adapted = _changed(recipe, _own_settings(recipe, name))
+        choice = choices[name] = Counter(adapted).choose(get_method(name), budget)
+        has_knob = get_method(name).knob is not None
+        setting = f"r = {choice.r}, " if has_knob else ""
+        remark = "" if choice.fits else f"; {'no r' if has_knob else 'it has no r that'} comes near, trained as it is"
+        console.print(f"  {name}: {setting}{choice.parameters:,}{remark}")
+    return choices
+
+
+def _own_settings(recipe: Recipe, method: str) -> list[str]:
+    """What a method has of its own in a comparison."""
+    settings = []
+    if (rate := recipe.compare.learning_rates.get(method)) is not None:
+        settings.append(f"train.learning_rate={rate!r}")
+    if get_method(method).own_targets and recipe.adapter.target_modules is not None:
+        settings.append("adapter.target_modules=null")
+    return settings
+
+
+def _changed(recipe: Recipe, changes: list[str]) -> Recipe:
+    content = recipe.model_dump()
+    for change in changes:
+        apply_override(content, change)
+    return parse_recipe(content)
+
+
+def _plan(recipe: Recipe, method: str, seed: int, choice: Choice | None) -> Planned:
+    changes = _own_settings(recipe, method)
+    if choice is not None:
+        changes.append(f"adapter.r={choice.r}")
     output = str(Path(recipe.output) / f"{method}-seed{seed}")
-    return recipe.model_copy(update={"method": method, "seed": seed, "output": output})
+    changes += [f"method={method}", f"seed={seed}", f"output={json.dumps(output)}"]
+    return Planned(_changed(recipe, changes), changes)
 
 
 def _is_done(recipe: Recipe) -> bool:
@@ -98,17 +174,7 @@ def _is_done(recipe: Recipe) -> bool:
     return True
 
 
-def _command(recipe_path: str, overrides: list[str], run: Recipe, overwrite: bool, launcher: str | None) -> list[str]:
+def _command(recipe_path: str, overrides: list[str], run: Planned, overwrite: bool, launcher: str | None) -> list[str]:
     start = shlex.split(launcher) if launcher else [sys.executable]
-    chosen = [f"method={run.method}", f"seed={run.seed}", f"output={json.dumps(run.output)}"]
-    return [
-        *start,
-        "-m",
-        "lorma",
-        "train",
-        recipe_path,
-        *overrides,
-        *chosen,
-        "--no-usage",
-        *(["--overwrite"] if overwrite else []),
-    ]
+    further = ["--no-usage", *(["--overwrite"] if overwrite else [])]
+    return [*start, "-m", "lorma", "train", recipe_path, *overrides, *run.changes, *further]

@@ -44,6 +44,17 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(spec: ModelSpec) -> Any:
+    """The configuration of a base model, without its weights.
+
+    Raises:
+        InputError: it cannot be loaded; one line that names the model.
+    """
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, spec, {})
+
+
 def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedModel:
     """A base model with the head that ``auto_model`` (the name of a transformers auto class) gives it.
 

@@ -175,7 +175,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, many_ru
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold keys and values, found {type(content).__name__}")
     for override in overrides or []:
-        _apply(content, override)
+        apply_override(content, override)
     recipe = parse_recipe({"output": f"runs/{file.stem}", **content})
     output = recipe.output
     if "output" not in content and not many_runs:
@@ -216,7 +216,12 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
     return [key for key in a if a[key] != b[key]]
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Change the content of a recipe by ``section.key=value``.
+
+    Raises:
+        InputError: it is not of that form.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError(f"override {override!r} is not of the form section.key=value")
