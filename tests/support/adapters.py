@@ -27,7 +27,8 @@ def order(case: Case):
         one_by_one.unmerge_adapter()
         assert torch.equal(case.weight(one_by_one), case.weight(model))
         outputs.append(together)
-    case.check_differs(*outputs)
+    if case.ordered:
+        case.check_differs(*outputs)
 
 
 @torch.no_grad()

@@ -38,6 +38,13 @@ class Case:
     inflation: str
     side: str
 
+    marker = "lorma_A"
+    """What every adapter layer has."""
+    dropout_name = "lorma_dropout"
+    starts_exactly = property(lambda self: self.inflation == "plus")
+    ordered = True
+    """Whether it matters which adapter acts first."""
+
     # Models
 
     def base(self, dtype=None) -> nn.Module:
@@ -105,7 +112,7 @@ class Case:
 
     def layers(self, model) -> list:
         """The LoRMA layers, one for each multiplied weight."""
-        found = [module for module in model.modules() if "lorma_A" in dict(module.named_children())]
+        found = [module for module in model.modules() if self.marker in dict(module.named_children())]
         assert len(found) == len(self.kind.parts)
         return found
 
@@ -137,6 +144,17 @@ class Case:
     def eval_tolerance(self) -> float:
         return self.kind.eval_tolerance or self.kind.tolerance
 
+    def same_settings(self, loaded, model) -> bool:
+        """Whether two models' adapters are set alike."""
+        return loaded.peft_config["default"].inflation == self.inflation and (
+            [layer.scaling for layer in self.layers(loaded)] == [layer.scaling for layer in self.layers(model)]
+        )
+
+    def parameters(self) -> int:
+        """How many numbers an adapter trains."""
+        widths = [part.widths(part.acting_side(self.side)) for part in self.kind.parts]
+        return 2 * 2 * sum(map(sum, widths))
+
     def check_close(self, got, expected, tolerance=None):
         error = distance(got, expected)
         assert error <= (tolerance or self.kind.tolerance), f"relative distance {error:.3g}"
@@ -161,7 +179,7 @@ def randomise(model, adapter="default", seed=3):
     """Add noise to A, B and the magnitude of one adapter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lorma_" in name and name.endswith(f".{adapter}"):
+        if ("lorma_" in name or "tlora_" in name) and name.endswith(f".{adapter}"):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * STD
             parameter.data.add_(noise.to(parameter.dtype))
     return model

@@ -135,7 +135,7 @@ REFUSALS = {
         "Rescaling rows has full rank, so several DoRA adapters cannot be joined into one of low rank.",
     ),
     "dropout-parameters": (
-        r"^lorma_dropout=\S+ is not supported on",
+        r"^(lorma|tlora)_dropout=\S+ is not supported on",
         "Dropout acts on the input of the update. A bare parameter inside a module is multiplied as a weight, before "
         "it meets any input, so there is nothing to drop.",
     ),

@@ -22,8 +22,7 @@ def _load(case, **options):
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(case.base(), folder, **options)
-    assert loaded.peft_config["default"].inflation == case.inflation
-    assert [layer.scaling for layer in case.layers(loaded)] == [layer.scaling for layer in case.layers(model)]
+    assert case.same_settings(loaded, model)
     check_equal_outputs(case, loaded, model)
 
 
@@ -57,8 +56,8 @@ def on_the_meta_device(case: Case):
     with torch.device("meta"):
         base = case.base()
     model = case.started(base)
-    adapter = {name: p for name, p in model.named_parameters() if "lorma_" in name}
+    prefix = f"{case.marker.partition('_')[0]}_"
+    adapter = {name: p for name, p in model.named_parameters() if prefix in name}
     assert all(p.is_meta for p in model.parameters())
-    widths = [part.widths(part.acting_side(case.side)) for part in case.kind.parts]
-    assert sum(p.numel() for p in adapter.values()) == 2 * 2 * sum(map(sum, widths))
+    assert sum(p.numel() for p in adapter.values()) == case.parameters()
     assert all(p.requires_grad for p in adapter.values())

@@ -38,8 +38,8 @@ def _low_precision(case, dtype):
 def _check_close_to_exact(case, model, got, x):
     adapter = case.adapter(model)
     exact = [
-        (A.detach().to(case.kind.dtype).requires_grad_(), B.detach().to(case.kind.dtype).requires_grad_(), s)
-        for A, B, s in adapter
+        tuple(f.detach().to(case.kind.dtype).requires_grad_() if isinstance(f, torch.Tensor) else f for f in factors)
+        for factors in adapter
     ]
     exact_x = x.to(case.kind.dtype) if x.is_floating_point() else x
     expected = case.plain_output(exact_x, exact)

@@ -10,7 +10,7 @@ from support.case import Case, distance, gradients, trained
 def starts_as_the_base_model(case: Case):
     x, model = case.x(), case.started()
     base = case.base()(x)
-    if case.inflation == "plus":
+    if case.starts_exactly:
         assert torch.equal(model(x), base)
     elif case.inflation == "permutation":
         case.check_close(model(x), base, 1e-12 if case.kind.dtype == torch.float64 else 1e-5)
@@ -52,7 +52,7 @@ class Nothing(nn.Module):
 
 
 def dropout(case: Case):
-    model, x = case.adapted(lorma_dropout=0.5), case.x()
+    model, x = case.adapted(**{case.dropout_name: 0.5}), case.x()
     expected = case.plain_output(x, case.adapter(model))
     model.train()
     case.check_differs(model(x), model(x))
@@ -60,6 +60,6 @@ def dropout(case: Case):
     assert torch.equal(model(x), model(x))
     case.check_close(model(x), expected, case.eval_tolerance)
     for layer in case.layers(model):
-        layer.lorma_dropout["default"] = Nothing()
+        getattr(layer, case.dropout_name)["default"] = Nothing()
     with torch.no_grad():
         assert torch.equal(model(x), case.base().eval()(x))
