@@ -8,6 +8,7 @@
 ``rebuild-permutation``    likewise, BA rotated row by row through an n × n index
 ``lorma-plus``             LoRMA₊ on side pre; ``lorma-plus-post`` and ``lorma-plus-auto`` on other sides
 ``lorma-permutation``      LoRMAπ on side pre; ``lorma-permutation-auto`` on the narrower side
+``tlora``                  TLoRA: r² + 1 numbers a layer
 =========================  ===========================================================================
 
 Scalings are 1 (alpha = r). All contenders on one base share its frozen weights. Each starts at its method's own start,
@@ -27,7 +28,7 @@ from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorma import LormaConfig
+from lorma import LormaConfig, TLoraConfig
 from lorma.functional import init_factors
 
 ALL = (
@@ -42,6 +43,7 @@ ALL = (
     "lorma-plus-auto",
     "lorma-permutation",
     "lorma-permutation-auto",
+    "tlora",
 )
 SLOW = {"dora": 3, "hira": 3, "rebuild-plus": 3}
 """Contenders that take part in every third round only: no close call depends on them."""
@@ -59,6 +61,8 @@ def configuration(name: str, targets: Sequence[str], r: int) -> Any:
         return LoraConfig(lora_alpha=r, use_dora=name == "dora", **common)
     if name == "hira":
         return HiraConfig(**common)
+    if name == "tlora":
+        return TLoraConfig(**common)
     method, _, rest = name.partition("-")
     if method != "lorma" or name not in ALL:
         raise ValueError(f"contender {name!r} is not one of {', '.join(ALL)}")

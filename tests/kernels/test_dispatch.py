@@ -17,7 +17,7 @@ from lorma import LormaConfig, functional, kernels
 from lorma.kernels import dispatch
 from lorma.kernels.costs import RATES, Rates, Shape, cheapest, costs, rates
 from lorma.kernels.form import Form
-from lorma.tuners.lorma.linear import plain_weight
+from lorma.tuners.plain import plain_weight
 
 CPU = RATES["cpu", torch.float32]
 

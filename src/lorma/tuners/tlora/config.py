@@ -14,7 +14,7 @@ from lorma.tuners.registration import extend_peft_type
 class TLoraConfig(AdapterConfig):
     """TLoRA: two fixed random matrices around a small trained one, and a trained scale (arXiv 2504.18735).
 
-    ``W = W0 + α·(A·B·C)ᵀ`` for W0 of shape d × k. A (k × r) and C (r × d) are fixed and random, B (r × r) and α trained.
+    ``W = W0 + α·(A·B·C)ᵀ`` for W0 of shape d × k; A (k × r) and C (r × d) are fixed and random, B (r × r), α trained.
     Adds ``r² + 1`` trainable numbers to each adapted layer, whatever its size. The start of training is B = 0, α = 1:
     outputs equal the base model's.
 

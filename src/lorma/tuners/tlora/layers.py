@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any, cast
 
 import torch
@@ -13,16 +14,42 @@ from transformers.pytorch_utils import Conv1D
 from lorma import functional
 from lorma.tuners.attention import AttentionLayer
 from lorma.tuners.parameter import ParameterLayer, ParameterWrapper
+from lorma.tuners.plain import plain_weight
 from lorma.tuners.tlora.config import TLoraConfig
 from lorma.tuners.tlora.layer import TLoraLayer
 from lorma.tuners.updating import UpdatingLayer
 
 
-class Linear(UpdatingLayer, TLoraLayer):
-    """TLoRA on ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer."""
+class Updated(UpdatingLayer, TLoraLayer):
+    """What layers that are called have in common."""
 
     def _updated(self, x: Tensor, result: Tensor, name: str) -> Tensor:
         return result + self.tlora_dropout[name](self._update(x, *self._matrices(name)))
+
+    @abstractmethod
+    def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
+        """``α·x·A·B·C`` in the dtype of the matrices."""
+
+
+class Linear(Updated):
+    """TLoRA on ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer."""
+
+    def _is_plain(self, name: str, x: Tensor) -> bool:
+        dropout = self.tlora_dropout[name]
+        drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
+        device, dtype = x.device.type, self.tlora_A[name].dtype
+        rounded = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if drops or rounded or type(x) is not Tensor or self.tlora_B[name].is_meta:
+            return False
+        weight = plain_weight(self.base_layer)
+        return weight is not None and x.dtype == weight.dtype == dtype
+
+    def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """The update is added to the base layer's output where it lies; nothing but x·A (r numbers a token) is kept."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        A, B, C, scale = self._matrices(name)
+        narrow = (x.reshape(-1, len(A)) @ A) @ (scale * B)
+        return result.view(-1, C.shape[1]).addmm_(narrow, C).view(result.shape)
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
         return functional.tri_matrix_update(self._cast_input_dtype(x, A.dtype), A, B, C, scale)
@@ -31,7 +58,7 @@ class Linear(UpdatingLayer, TLoraLayer):
         return matrix.mT if isinstance(self.get_base_layer(), Conv1D) else matrix
 
 
-class Embedding(Linear):
+class Embedding(Updated):
     """TLoRA on ``nn.Embedding``: tokens are inputs, so A is V × r and C is r × D."""
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
@@ -49,7 +76,7 @@ class Embedding(Linear):
         return up.mT, down.mT
 
 
-class ConvNd(Linear):
+class ConvNd(Updated):
     """TLoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
 
     A is a kernel with r outputs, run with the strides, padding and dilation of the base layer, and B·C a kernel of
@@ -74,9 +101,6 @@ class ConvNd(Linear):
         wide = ((scale * B) @ C).mT.reshape(C.shape[1], -1, *(1,) * len(base.kernel_size))
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
         return convolve(narrow, wide, groups=base.groups)
-
-    def _stored(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        return matrix.reshape(weight.shape)
 
 
 class TLoraParameterLayer(ParameterLayer, TLoraLayer):
