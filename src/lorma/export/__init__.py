@@ -1,7 +1,8 @@
 """Adapters for the world outside: plain LoRA folders, llama.cpp files, merged checkpoints."""
 
 from lorma.export.base import Base
-from lorma.export.lora import LayerReport, export_lora, export_lora_state_dict
+from lorma.export.gguf import export_gguf
+from lorma.export.lora import LayerReport, check_output, export_lora, export_lora_state_dict
 from lorma.export.truncation import Truncation
 
-__all__ = ["Base", "LayerReport", "Truncation", "export_lora", "export_lora_state_dict"]
+__all__ = ["Base", "LayerReport", "Truncation", "check_output", "export_gguf", "export_lora", "export_lora_state_dict"]

@@ -80,7 +80,7 @@ def export_lora(
         InputError: an input that cannot be used, an output that exists, or an adapter that is no LoRA.
     """
     output = Path(output)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     check_output(output, overwrite)
     folder = adapter_folder(adapter)
     adapted = open_adapter(folder, base or base_of(folder))
@@ -188,7 +188,8 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"output={str(output)!r} exists; give --overwrite to replace it")
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Refuse a precision that is not offered (``InputError``)."""
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r} must be {', '.join(DTYPES)}")
 

@@ -1,0 +1,91 @@
+"""Which base model a finished run or an adapter folder belongs to, without loading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorma.errors import InputError, one_line
+from lorma.files import META_FILE
+from lorma.tasks import CausalLM, get_task
+from lorma.training.models import load_tokenizer
+from lorma.training.packaged import find_model
+from lorma.training.recipe import ModelSpec
+from lorma.training.rundir import RunDirectory
+from lorma.tuners.adapter_file import CONFIG_NAME, read_config
+from lorma.tuners.untrusted import read_json
+
+
+def base_arguments(folder: Path, base: str | None = None, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The fields of :class:`lorma.export.Base` for an adapter folder.
+
+    What ``lorma train`` wrote beside the adapter is asked first, then the adapter's configuration.
+
+    Args:
+        folder: the adapter folder.
+        base: another base model than the recorded one: an alias, a directory, a GGUF file or a hub name.
+        trust_remote_code: let the base model's repository run its own Python.
+
+    Raises:
+        InputError: no base model is recorded, or the recorded one was quantised and ``base`` is not given.
+    """
+    spec, fields = _recorded(folder)
+    if base is not None:
+        file = Path(base).expanduser()
+        packed = file.name if file.is_file() and file.suffix == ".gguf" else None
+        spec = ModelSpec(name=str(file.parent) if packed else base, gguf_file=packed)
+    elif spec is None:
+        raise InputError(f"{folder} does not say which base model it belongs to; name it (--base)")
+    elif spec.quantization:
+        raise InputError(
+            f"{folder} was trained on {spec.name!r} in {spec.quantization}; say which weights the result is for: "
+            f"--base {spec.name} takes those in full precision"
+        )
+    spec = spec.model_copy(update={"trust_remote_code": trust_remote_code})
+    source = find_model(spec.name, spec.gguf_file, spec.revision)
+    arguments: dict[str, Any] = {
+        "path": source.path,
+        "gguf_file": source.gguf_file,
+        "revision": source.revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    if fields is not None:
+        task = get_task(fields["task"])
+        # Language models are used as published; only the others need the tokenizer, which costs time in a GGUF file.
+        kwargs = {} if isinstance(task, CausalLM) else task.model_kwargs(fields, load_tokenizer(spec))
+        arguments |= {"auto_model": task.auto_model, "model_kwargs": kwargs}
+    return arguments
+
+
+def finished_adapter(path: str | Path) -> Path:
+    """The adapter folder that ``path`` is, or that the run directory ``path`` holds.
+
+    Raises:
+        InputError: it is neither, or the run is unfinished or trained without an adapter.
+    """
+    folder = Path(path).expanduser()
+    run = RunDirectory(folder)
+    if run.recipe_file.is_file():
+        if not run.finished:
+            raise InputError(f"{folder} is an unfinished run; `lorma train` with its recipe goes on with it")
+        folder = run.adapter
+        if run.model.is_dir():
+            raise InputError(f"{run.path} trained the whole model; it has no adapter")
+    if not (folder / CONFIG_NAME).is_file():
+        raise InputError(f"{str(path)!r} is neither a run directory nor an adapter folder: it has no {CONFIG_NAME}")
+    return folder
+
+
+def _recorded(folder: Path) -> tuple[ModelSpec | None, dict[str, Any] | None]:
+    """The base model and the description of the data that belong to an adapter folder, as far as they are recorded."""
+    if (folder / META_FILE).is_file():
+        try:
+            kept = read_json(folder, META_FILE)
+            spec, meta = ModelSpec.model_validate(kept["model"]), dict(kept["data"])
+            get_task(meta["task"])
+            return spec, meta
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(one_line(f"{folder / META_FILE} does not describe a task ({error})")) from None
+    config: Any = read_config(folder)
+    name = config.base_model_name_or_path
+    return (ModelSpec(name=name, revision=config.revision) if name else None), None
