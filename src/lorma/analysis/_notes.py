@@ -56,8 +56,8 @@ def _gap_note(rows: Sequence[Row], base: Row, metric: str, greater: bool) -> lis
 
 def _definitions(has_baseline: bool) -> list[str]:
     notes = [
-        "Adapter counts the trained parameters of the method itself, Head those of a new task head and of other modules "
-        "that are trained whole.",
+        "Adapter counts the trained parameters of the method itself, Head those of a new task head and of other "
+        "modules that are trained whole.",
         "Loss AUC is the area under the training-loss curve over optimizer steps (trapezoidal rule, loss × steps); "
         "smaller means faster convergence.",
     ]
@@ -82,9 +82,7 @@ def _caveats(runs: Sequence[Run], has_baseline: bool) -> list[str]:
         notes.append(f"The training loss stopped being a finite number in {show.listing(diverged)}; no area is given.")
     rates = {run.summary.get("learning_rate") for run in runs}
     if len(rates) > 1:
-        notes.append(
-            "The methods have learning rates of their own; part of a difference between them may be due to that."
-        )
+        notes.append("The learning rates differ; part of a difference between methods may be due to that.")
     if len({run.summary.get("r") for run in runs} - {None}) > 1:
         notes.append("r means something else for each method (`lorma methods`); compare the parameters.")
     devices = list(dict.fromkeys(str(run.summary.get("device") or "unknown") for run in runs))

@@ -108,7 +108,7 @@ def compare(
 
 
 def _possible(recipe: Recipe, console: Console) -> list[str]:
-    """Names of all methods, without those that the model of the recipe does not allow, which are told with the reason."""
+    """Names of all methods but those that the model of the recipe does not allow; of these the reason is told."""
     counter, names = Counter(recipe), []
     for name in method_names():
         try:
@@ -131,7 +131,8 @@ def _choose(recipe: Recipe, methods: list[str], budget: int, console: Console) -
         choice = choices[name] = Counter(adapted).choose(get_method(name), budget)
         has_knob = get_method(name).knob is not None
         setting = f"r = {choice.r}, " if has_knob else ""
-        remark = "" if choice.fits else f"; {'no r' if has_knob else 'it has no r that'} comes near, trained as it is"
+        reason = "no r comes near" if has_knob else "there is no r to choose"
+        remark = "" if choice.fits else f"; {reason}, trained as it is"
         console.print(f"  {name}: {setting}{choice.parameters:,}{remark}")
     return choices
 

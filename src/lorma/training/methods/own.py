@@ -1,11 +1,11 @@
-"""Methods of this package besides LoRMA: SVFT and bottleneck adapters. None of them has an alpha."""
+"""Methods of this package besides LoRMA: TLoRA, SVFT and bottleneck adapters. None of them has an alpha."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from lorma.training.methods.additive import places
-from lorma.training.methods.registry import Method, register
+from lorma.training.methods.registry import Method, register, register_method
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 
 HOULSBY = "Houlsby et al., arXiv 1902.00751"
 PFEIFFER = "Pfeiffer et al., arXiv 2005.00247"
+
+
+@register_method(
+    "tlora", equation="W0 + α·(A·B·C)ᵀ, A and C fixed", parameters="r² + 1", source="TLoRA, arXiv 2504.18735"
+)
+def tlora(adapter: AdapterSpec, task_type: str) -> PeftConfig:
+    """B is r × r and α is trained; the paper takes r = 32 where LoRA has 8, and drops half of the update's outputs."""
+    from lorma.tuners import TLoraConfig
+
+    return TLoraConfig(r=adapter.r, tlora_dropout=adapter.dropout, **places(adapter, task_type))
 
 
 def _svft(name: str, parameters: str, knob: str | None, pattern: str) -> None:

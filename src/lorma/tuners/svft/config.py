@@ -45,7 +45,6 @@ class SvftConfig(AdapterConfig):
         super().__post_init__()
         check.check_choice("pattern", self.pattern, PATTERNS)
         check.check_dropout("svft_dropout", self.svft_dropout)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed!r} must be an int from 0 to 2³² − 1")
+        check.check_seed("seed", self.seed)
         if self.target_parameters:
             raise ValueError(f"target_parameters={self.target_parameters!r} is not supported by SVFT")
