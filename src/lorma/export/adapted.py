@@ -7,18 +7,19 @@ weight is needed it is put into its layer for as long as it takes (:meth:`Adapte
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 
 from lorma.errors import InputError, one_line
 from lorma.export.base import Base, meta_model
-from lorma.export.weights import BaseWeights, open_weights
+from lorma.export.weights import BaseWeights, LoadedWeights, open_weights
 from lorma.tuners.adapter_file import PREFIX, read_adapter
 from lorma.tuners.config import AdapterConfig
 from lorma.tuners.layer import AdapterLayer
@@ -96,9 +97,8 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
             warnings.simplefilter("ignore")
             peft_model: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
             tuner = type(peft_model.base_model)
-            layer_class = tuner.tuner_layer_cls
-            kinds = {f".{name}" for name in (*layer_class.adapter_layer_names, *layer_class.fixed_names)}
-            factors = {key: value for key, value in tensors.items() if any(kind in key for kind in kinds)}
+            own = own_part(config)
+            factors = {key: value for key, value in tensors.items() if own(key)}
             # Not PEFT's whole loading, which moves the factors to the base's device, here meta.
             placed = tuner._remap_adapter_state_dict_for_load(peft_model, config, NAME, factors)
             peft_model.load_state_dict(placed, strict=False, assign=True)
@@ -107,9 +107,20 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
     others = {key: value for key, value in tensors.items() if key not in factors}
     adapted = Adapted(config, peft_model.eval(), weights, others, names)
     for path, layer in adapted.layers():
-        if any(tensor.is_meta for _, tensor in layer._tensors(NAME)):
+        if any(
+            getattr(layer, kind)[NAME].is_meta for kind in layer.adapter_layer_names if NAME in getattr(layer, kind)
+        ):
             raise InputError(f"{folder} does not fit the base model: it has no weights for {path}")
-    return adapted
+    if all(adapted.weight_name(layer) in weights for _, layer in adapted.layers()):
+        return adapted
+    # transformers renames and joins some checkpoints' weights while it loads them.
+    return replace(adapted, weights=LoadedWeights(base, type(model)))
+
+
+def own_part(config: Any) -> Callable[[str], bool]:
+    """Whether a tensor of an adapter file, by its name, belongs to the method itself; heads and biases do not."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    return lambda name: any(part.startswith(prefix) for part in name.split("."))
 
 
 def read_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorma.errors import InputError
-from lorma.export.adapted import NAME, Adapted, adapted_layers, open_adapter
+from lorma.export.adapted import NAME, Adapted, adapted_layers, open_adapter, own_part
 from lorma.export.base import Base
 from lorma.export.forms import LoraForm, lora_form
 from lorma.export.truncation import Truncation
@@ -132,11 +132,9 @@ def export_lora_state_dict(
         form = lora_form(path, layer, adapter_name, layer.original_weight())
         forms.append(_cast(form, dtype or form.down.dtype))
     kept = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    own = {name for _, layer in layers for name in (*layer.adapter_layer_names, *layer.fixed_names)}
+    own = own_part(model.peft_config[adapter_name])
     others = {
-        PREFIX + key.removeprefix(PREFIX): tensor.detach().clone()
-        for key, tensor in kept.items()
-        if not own & set(key.split("."))
+        PREFIX + key.removeprefix(PREFIX): tensor.detach().clone() for key, tensor in kept.items() if not own(key)
     }
     return _as_peft(model.peft_config[adapter_name], forms, _module_names(model), others, False)
 

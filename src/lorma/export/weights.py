@@ -94,10 +94,10 @@ class SafetensorsWeights(BaseWeights):
 class LoadedWeights(BaseWeights):
     """Parameters of a model that is loaded whole, for checkpoints that cannot be read in parts."""
 
-    def __init__(self, base: Base, model: Any) -> None:
+    def __init__(self, base: Base, model_class: Any) -> None:
         self.base = base
-        self.model = load_whole(base, type(model))
-        self._state = self.model.state_dict()
+        self.model, missing = load_whole(base, model_class)
+        self._state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in missing}
 
     def __contains__(self, name: str) -> bool:
         return name in self._state
@@ -119,11 +119,14 @@ def open_weights(base: Base, model: Any) -> BaseWeights:
         InputError: no safetensors and no GGUF file, an index that names files elsewhere, or names that do not belong
             to this model.
     """
-    return LoadedWeights(base, model) if base.gguf_file else SafetensorsWeights(base, model)
+    return LoadedWeights(base, type(model)) if base.gguf_file else SafetensorsWeights(base, model)
 
 
-def load_whole(base: Base, model_class: Any) -> Any:
-    """The base model with its weights, in float32 if they are unpacked from a GGUF file."""
+def load_whole(base: Base, model_class: Any) -> tuple[Any, set[str]]:
+    """The base model with its weights, and the names of those that the checkpoint lacks.
+
+    What is unpacked from a GGUF file is in float32, other weights are in the precision they are stored in.
+    """
     import transformers
 
     kwargs: dict[str, Any] = {**base.hub_kwargs(), **base.model_kwargs}
@@ -135,9 +138,10 @@ def load_whole(base: Base, model_class: Any) -> Any:
         kwargs |= {"dtype": "auto", "use_safetensors": True}
     try:
         with redirect_stderr(io.StringIO()):
-            return model_class.from_pretrained(base.path, **kwargs).eval()
+            model, report = model_class.from_pretrained(base.path, output_loading_info=True, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"base model {base.path!r} cannot be loaded: {one_line(error)}") from None
+    return model.eval(), set(report["missing_keys"])
 
 
 def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:

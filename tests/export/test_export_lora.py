@@ -1,0 +1,201 @@
+"""Exported LoRA folders give what the adapters give, and need nothing of this library."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from export_cases import EXACT, assert_same, filled, loaded, logits
+from peft import get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from lorma import InputError, LormaConfig
+from lorma.export import Base, Truncation, export_lora, export_lora_state_dict
+from lorma.tuners.adapter_file import WEIGHTS_NAME
+
+TINY = LormaConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
+ALONE = """
+import sys
+sys.modules["lorma"] = None
+import json, torch, transformers
+from peft import PeftModel
+answers = []
+for base, auto, adapter, inputs, kwargs in json.loads(sys.argv[1]):
+    torch.manual_seed(0)
+    model = getattr(transformers, auto).from_pretrained(base, **kwargs)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        answers.append(model(input_ids=torch.tensor(inputs)).logits.tolist())
+print(json.dumps(answers))
+"""
+
+
+def base_for(name, folder):
+    auto = {"bert": "AutoModelForSequenceClassification", "vit": "AutoModelForImageClassification"}
+    return Base(str(folder), auto_model=auto.get(name, "AutoModelForCausalLM"))
+
+
+@pytest.mark.parametrize("uniform", [False, True], ids=["ranks", "uniform"])
+@pytest.mark.parametrize("case", EXACT)
+def test_the_exported_folder_equals_the_adapter(case, uniform, exported_case, tmp_path):
+    name, config = EXACT[case]
+    folder, model, batch, adapted, adapter = exported_case(name, config())
+    reports = export_lora(adapter, tmp_path / "lora", base=base_for(name, folder), uniform_rank=uniform)
+    assert all(report.error is None for report in reports)
+    again = loaded(model, tmp_path / "lora")
+    assert_same(logits(again, batch), logits(adapted, batch), logits(model, batch))
+    stated = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert stated["peft_type"] == "LORA"
+    assert not (uniform and stated["rank_pattern"])
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_a_live_model_exports_the_same(case, exported_case, tmp_path):
+    name, config = EXACT[case]
+    folder, _, _, adapted, adapter = exported_case(name, config())
+    export_lora(adapter, tmp_path / "lora", base=base_for(name, folder))
+    stated, state = export_lora_state_dict(adapted)
+    stored = load_file(tmp_path / "lora" / WEIGHTS_NAME)
+    assert state.keys() == stored.keys()
+    for key, tensor in state.items():
+        torch.testing.assert_close(tensor, stored[key], rtol=1e-5, atol=1e-6)
+    written = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (stated.r, stated.rank_pattern, stated.fan_in_fan_out, stated.bias) == tuple(
+        written[key] for key in ("r", "rank_pattern", "fan_in_fan_out", "bias")
+    )
+
+
+def test_a_live_models_copies_stay_as_they_are_while_training_goes_on(bases):
+    adapted = filled(bases["bert"][1], LormaConfig(side="post", target_modules=["query"], bias="lorma_only"))
+    _, state = export_lora_state_dict(adapted)
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(state[key], before[key]) for key in state)
+
+
+def test_a_merged_layer_exports_from_the_weight_it_had(bases):
+    adapted = filled(bases["bert"][1], TINY)
+    _, before = export_lora_state_dict(adapted)
+    adapted.merge_adapter()
+    _, after = export_lora_state_dict(adapted)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_folders_load_in_a_process_without_lorma(exported_case, bases, tmp_path):
+    auto = {"bert": "AutoModelForSequenceClassification"}
+    asked, expected = [], []
+    for case in ("auto", "ranks", "fused-pre", "tlora"):
+        name, config = EXACT[case]
+        folder, _, batch, adapted, adapter = exported_case(name, config())
+        export_lora(adapter, tmp_path / case, base=base_for(name, folder))
+        kwargs = {"num_labels": 2} if name == "bert" else {}
+        asked.append(
+            [
+                str(folder),
+                auto.get(name, "AutoModelForCausalLM"),
+                str(tmp_path / case),
+                batch["input_ids"].tolist(),
+                kwargs,
+            ]
+        )
+        expected.append((logits(adapted, batch), logits(bases[name][1], batch)))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ALONE, json.dumps(asked)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for answer, (wanted, base) in zip(json.loads(done.stdout.splitlines()[-1]), expected, strict=True):
+        assert_same(torch.tensor(answer), wanted, base)
+
+
+@pytest.mark.parametrize("inflation", ["permutation", "none"])
+def test_what_is_no_lora_is_refused_or_truncated(inflation, exported_case, tmp_path):
+    config = LormaConfig(r=2, inflation=inflation, task_type="SEQ_CLS", target_modules=["query"])
+    folder, model, batch, adapted, adapter = exported_case("bert", config)
+    base = base_for("bert", folder)
+    with pytest.raises(InputError, match=r"layer\.0\.attention\.self\.query cannot be .*full rank.*--truncate-rank"):
+        export_lora(adapter, tmp_path / "lora", base=base)
+    assert not (tmp_path / "lora").exists()
+    errors = {}
+    for rank in (2, 16, 32):
+        reports = export_lora(adapter, tmp_path / "lora", base=base, truncation=Truncation(rank), overwrite=True)
+        errors[rank] = reports[0].error
+        assert {report.rank for report in reports} == {rank}
+        stored = json.loads((tmp_path / "lora" / "export.json").read_text())
+        assert [layer["error"] for layer in stored["layers"]] == [report.error for report in reports]
+    assert 1 > errors[2] > errors[16] > errors[32]
+    assert errors[32] < 1e-5
+    assert_same(logits(loaded(model, tmp_path / "lora"), batch), logits(adapted, batch), logits(model, batch))
+    for report in export_lora(adapter, tmp_path / "most", base=base, truncation=Truncation(energy=0.9)):
+        assert report.error**2 <= 0.1
+        assert 1 < report.rank < 32
+
+
+def test_dora_is_no_lora(exported_case, tmp_path):
+    config = LormaConfig(use_dora=True, task_type="SEQ_CLS", target_modules=["query"])
+    folder, model, batch, adapted, adapter = exported_case("bert", config)
+    with pytest.raises(InputError, match="use_dora"):
+        export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder))
+    export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder), truncation=Truncation(energy=1.0))
+    assert_same(logits(loaded(model, tmp_path / "lora"), batch), logits(adapted, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype, exported_case, tmp_path):
+    folder, _, _, _, adapter = exported_case("bert", TINY)
+    export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder), dtype=dtype)
+    kinds = {key: str(t.dtype) for key, t in load_file(tmp_path / "lora" / WEIGHTS_NAME).items() if "lora_" in key}
+    assert set(kinds.values()) == {f"torch.{dtype}"}
+    with pytest.raises(InputError, match="dtype='float8' must be float32, float16, bfloat16"):
+        export_lora(adapter, tmp_path / "other", base=base_for("bert", folder), dtype="float8")
+
+
+def test_numbers_that_do_not_fit_are_refused(exported_case, bases, tmp_path):
+    folder, _, _, adapted, adapter = exported_case("bert", TINY)
+    with torch.no_grad():
+        adapted.base_model.model.bert.encoder.layer[0].attention.self.query.lorma_B["default"].fill_(1e6)
+    adapted.save_pretrained(adapter)
+    with pytest.raises(InputError, match="query cannot be exported in float16: it would not be finite"):
+        export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder), dtype="float16")
+
+
+def test_an_output_that_exists_is_left_alone(exported_case, tmp_path):
+    folder, _, _, _, adapter = exported_case("bert", TINY)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "mine").write_text("kept")
+    with pytest.raises(InputError, match="exists; give --overwrite"):
+        export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder))
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["mine"]
+    with pytest.raises(InputError, match="directory does not exist"):
+        export_lora(adapter, tmp_path / "nowhere" / "lora", base=base_for("bert", folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LormaConfig(target_parameters=["dense.weight"], target_modules=[]), "bare parameter"),
+    ],
+    ids=["parameter"],
+)
+def test_layers_that_peft_has_no_lora_for(config, reason, exported_case, tmp_path):
+    folder, _, _, _, adapter = exported_case("bert", config)
+    with pytest.raises(InputError, match=rf"dense cannot be exported as a LoRA: .*{reason}"):
+        export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder))
+
+
+def test_several_adapters_composed_are_one_lora(bases):
+    _, model, batch = bases["llama"]
+    adapted = filled(model, LormaConfig(r=2, target_modules=["v_proj"]))
+    adapted.add_adapter("second", LormaConfig(r=3, target_modules=["v_proj"], init_weights=False))
+    adapted.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both")
+    adapted.set_adapter("both")
+    stated, state = export_lora_state_dict(adapted, "both")
+    assert stated.r == 5
+    lora = get_peft_model(copy.deepcopy(model), stated)
+    set_peft_model_state_dict(lora, state)
+    assert_same(logits(lora.eval(), batch), logits(adapted, batch), logits(model, batch))
+    with pytest.raises(InputError, match="no such adapter"):
+        export_lora_state_dict(adapted, "third")
