@@ -15,6 +15,10 @@ from lorma.training.rundir import RunDirectory
 from lorma.tuners.adapter_file import CONFIG_NAME, read_config
 from lorma.tuners.untrusted import read_json
 
+MAX_LABELS = 10_000
+MAX_TOKENS = 1 << 20
+"""Bounds on what a folder may say about its task, so that it cannot ask for any amount of memory."""
+
 
 def base_arguments(folder: Path, base: str | None = None, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The fields of :class:`lorma.export.Base` for an adapter folder.
@@ -79,13 +83,38 @@ def finished_adapter(path: str | Path) -> Path:
 def _recorded(folder: Path) -> tuple[ModelSpec | None, dict[str, Any] | None]:
     """The base model and the description of the data that belong to an adapter folder, as far as they are recorded."""
     if (folder / META_FILE).is_file():
-        try:
-            kept = read_json(folder, META_FILE)
-            spec, meta = ModelSpec.model_validate(kept["model"]), dict(kept["data"])
-            get_task(meta["task"])
-            return spec, meta
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(one_line(f"{folder / META_FILE} does not describe a task ({error})")) from None
+        return read_meta(folder)
     config: Any = read_config(folder)
     name = config.base_model_name_or_path
     return (ModelSpec(name=name, revision=config.revision) if name else None), None
+
+
+def read_meta(folder: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """The base model and the description of the data that lie beside trained weights. What they say is bounded.
+
+    Raises:
+        InputError: there are none, or they do not describe a task.
+    """
+    kept = read_json(folder, META_FILE)
+    try:
+        spec, meta = ModelSpec.model_validate(kept["model"]), dict(kept["data"])
+        get_task(meta["task"])
+        _check_meta(meta)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(one_line(f"{folder / META_FILE} does not describe a task ({error})")) from None
+    return spec, meta
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    for key in ("format", "text", "labels", "max_length"):
+        meta[key]
+    for key in ("format", "text", "text_pair", "prompt", "completion", "messages", "label"):
+        if not isinstance(meta.get(key), (str, type(None))):
+            raise TypeError(f"{key} must be a string or null")
+    labels, length = meta["labels"], meta["max_length"]
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise TypeError("labels must be a list of strings or null")
+    if labels is not None and not 1 < len(labels) <= MAX_LABELS:
+        raise ValueError(f"labels has {len(labels):,} entries; allowed: 2 to {MAX_LABELS:,}")
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= MAX_TOKENS:
+        raise ValueError(f"max_length={length!r} must be an int from 1 to {MAX_TOKENS:,}")

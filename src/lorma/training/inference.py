@@ -13,17 +13,14 @@ import torch
 from lorma.errors import InputError, one_line
 from lorma.files import META_FILE
 from lorma.tasks import CausalLM, Task, get_task
+from lorma.training.base_model import read_meta
 from lorma.training.methods.adalora import loss_of_the_task
 from lorma.training.models import load_model, load_tokenizer, locate
-from lorma.training.recipe import ModelSpec
 from lorma.training.rundir import RunDirectory
 from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
 from lorma.tuners.untrusted import read_json
 
 BATCH = 16
-MAX_LABELS = 10_000
-MAX_TOKENS = 1 << 20
-"""Bounds on what a folder may say about its task, so that it cannot ask for any amount of memory."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +71,8 @@ def load_predictor(path: str | Path, *, trust_remote_code: bool = False) -> Pred
         InputError: a path that is none of them, an unfinished run, or weights that are broken or do not fit.
     """
     folder = _weights_folder(Path(path).expanduser())
-    kept = read_json(folder, META_FILE)
-    try:
-        asked = {**kept["model"], "trust_remote_code": trust_remote_code}
-        spec, meta = ModelSpec.model_validate(asked), dict(kept["data"])
-        task = get_task(meta["task"])
-        _check_meta(meta)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(one_line(f"{folder / META_FILE} does not describe a task ({error})")) from None
+    spec, meta = read_meta(folder)
+    spec, task = spec.model_copy(update={"trust_remote_code": trust_remote_code}), get_task(meta["task"])
     whole = not (folder / CONFIG_NAME).is_file()
     if whole:
         spec = spec.model_copy(update={"name": str(folder.resolve()), "gguf_file": None, "revision": None})
@@ -91,21 +82,6 @@ def load_predictor(path: str | Path, *, trust_remote_code: bool = False) -> Pred
         model = load_adapter(model, folder)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return Predictor(model.to(device).eval(), tokenizer, task, meta)
-
-
-def _check_meta(meta: dict[str, Any]) -> None:
-    for key in ("format", "text", "labels", "max_length"):
-        meta[key]
-    for key in ("format", "text", "text_pair", "prompt", "completion", "messages", "label"):
-        if not isinstance(meta.get(key), (str, type(None))):
-            raise TypeError(f"{key} must be a string or null")
-    labels, length = meta["labels"], meta["max_length"]
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise TypeError("labels must be a list of strings or null")
-    if labels is not None and not 1 < len(labels) <= MAX_LABELS:
-        raise ValueError(f"labels has {len(labels):,} entries; allowed: 2 to {MAX_LABELS:,}")
-    if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= MAX_TOKENS:
-        raise ValueError(f"max_length={length!r} must be an int from 1 to {MAX_TOKENS:,}")
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

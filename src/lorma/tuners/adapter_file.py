@@ -42,7 +42,9 @@ RANK_DIMENSION = {
         for method in ("lora", "hira", "lorma", "lora_embedding")
         for factor in "AB"
     },
+    "tlora_A": 1,
     "tlora_B": 0,
+    "tlora_C": 0,
     "vera_lambda_d": 0,
 }
 """Which dimension of a weight is the adapter's rank, by the name of the weight."""
@@ -76,7 +78,7 @@ class AdapterFile:
     def modules(self, part: str) -> list[str]:
         """Names of the tensors called ``part`` (``"lorma_A"``) without that part, sorted by layer."""
         end = f".{part}"
-        found = [name.removesuffix(".weight").removesuffix(end) for name in self.tensors if _part_of(name) == part]
+        found = [name.removesuffix(".weight").removesuffix(end) for name in self.tensors if part_of(name) == part]
         return sorted(found, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
 
 
@@ -153,7 +155,7 @@ def _check_common(content: dict[str, Any]) -> None:
 
 def check_names(folder: Path, weights: tuple[str, ...], tensors: Iterable[str]) -> None:
     """Refuse a file without any weight of the method's (``InputError``)."""
-    if weights and not any(_part_of(name) in weights for name in tensors):
+    if weights and not any(part_of(name) in weights for name in tensors):
         first = ", ".join(sorted(tensors)[:2]) or "nothing"
         named = f"{folder / WEIGHTS_NAME} holds no weights named {' or '.join(weights)}"
         raise InputError(one_line(f"{named}; it holds {first}"))
@@ -167,7 +169,7 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
     """
     check_names(folder, getattr(config, "weight_names", ()), tensors)
     path = folder / WEIGHTS_NAME
-    factors = {name: info for name, info in tensors.items() if _part_of(name) in RANK_DIMENSION}
+    factors = {name: info for name, info in tensors.items() if part_of(name) in RANK_DIMENSION}
     for name, (shape, dtype) in factors.items():
         numbers = 1
         for size in shape:
@@ -187,9 +189,9 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
             )
     if config.peft_type == "ADALORA":  # whose ranks change in training
         return
-    patterns = {key: re.compile(rf"(.*\.)?({key})$") for key in getattr(config, "rank_pattern", None) or {}}
+    patterns = compiled(getattr(config, "rank_pattern", None))
     for name, (shape, _) in factors.items():
-        part = _part_of(name)
+        part = part_of(name)
         dimension = RANK_DIMENSION[part]
         rank = shape[dimension] if dimension < len(shape) else None
         allowed = _ranks_of(name, part, config, patterns)
@@ -209,13 +211,20 @@ def _ranks_of(name: str, part: str, config: Any, patterns: dict[str, re.Pattern[
     layer = name.removesuffix(".weight").removesuffix(f".{part}").removeprefix(PREFIX).partition(".base_layer")[0]
     parameters = [p.rpartition(".")[2] for p in getattr(config, "target_parameters", None) or ()]
     names = [layer, *(f"{layer}.{parameter}" for parameter in parameters)]
-    return {
-        next((config.rank_pattern[key] for key, pattern in patterns.items() if pattern.match(candidate)), config.r)
-        for candidate in names
-    }
+    return {matching(patterns, config.rank_pattern, config.r, candidate) for candidate in names}
 
 
-def _part_of(name: str) -> str:
+def matching(patterns: dict[str, re.Pattern[str]], values: dict[str, Any], default: Any, name: str) -> Any:
+    """The value of the first pattern that a module's name matches, as PEFT looks ranks and alphas up."""
+    return next((values[key] for key, pattern in patterns.items() if pattern.match(name)), default)
+
+
+def compiled(values: dict[str, Any] | None) -> dict[str, re.Pattern[str]]:
+    """The keys of ``rank_pattern`` or the like, ready for :func:`matching`."""
+    return {key: re.compile(rf"(.*\.)?({key})$") for key in values or {}}
+
+
+def part_of(name: str) -> str:
     """``"lorma_A"`` of ``"….query.lorma_A"``, ``"lora_A"`` of ``"….query.lora_A.weight"``."""
     return name.removesuffix(".weight").rpartition(".")[2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lorma import functional
+from lorma.functional.multiplier import Side
 from lorma.tuners.lorma.dispatch import by_layer
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.parameter import ParamWrapper
@@ -65,9 +67,14 @@ def combined_config(peft_config: dict[str, Any], adapters: list[str], layers: li
     """The configuration of the new adapter: exactly these layers, rank by layer, scaling 1."""
     ranks = {layer.pattern_name: combined_rank(layer, adapters, how) for layer in layers}
     modules = sorted({layer.pattern_name for layer in layers if not isinstance(layer, ParamWrapper)})
+    return layerwise_config(peft_config[adapters[0]], modules, ranks)
+
+
+def layerwise_config(config: Any, modules: Iterable[str], ranks: dict[str, int]) -> Any:
+    """``config`` for exactly these layers, each with its own rank (by the name that patterns know) and scaling 1."""
     return replace(
-        peft_config[adapters[0]],
-        target_modules="|".join(re.escape(name) for name in modules) if modules else [],
+        config,
+        target_modules="|".join(re.escape(name) for name in sorted(modules)) or [],
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -99,13 +106,20 @@ def fill(layer: LormaLayer, target: str, adapters: list[str], weights: list[floa
     for index, (_, A, B) in enumerate(new):
         parts = [(*layer._parts(name)[index][1:], s) for name, s in present]
         if how == "compose":
-            product: tuple[Tensor, Tensor, Any] = parts[0]
-            for part in parts[1:]:
-                product = (*functional.compose(product, part, layer.side[target]), 1.0)
-            A.copy_(product[0])
-            B.copy_(product[1] * product[2])
+            factors = product(parts, layer.side[target])
+            A.copy_(factors[0])
+            B.copy_(factors[1])
         else:
             roots = [abs(float(s)) ** 0.5 for *_, s in parts]
             A.copy_(torch.stack([root * a for root, (a, *_) in zip(roots, parts, strict=True)]).sum(0))
             signed = [root if s >= 0 else -root for root, (*_, s) in zip(roots, parts, strict=True)]
             B.copy_(torch.stack([root * b for root, (_, b, _) in zip(signed, parts, strict=True)]).sum(0))
+
+
+def product(parts: list[tuple[Tensor, Tensor, Any]], side: Side) -> tuple[Tensor, Tensor]:
+    """A and B, for a scaling of 1, of LoRMA₊ multipliers ``(A, B, s)`` after each other, the first on W0 first."""
+    A, B, s = parts[0]
+    for part in parts[1:]:
+        A, B = functional.compose((A, B, s), part, side)
+        s = 1.0
+    return A, s * B

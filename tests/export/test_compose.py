@@ -1,0 +1,147 @@
+"""One adapter that equals two, made from their files."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import adapted
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from lorma import InputError, TLoraConfig
+from lorma.export.base import Base
+from lorma.export.compose import compose
+from tuners.conftest import Mlp
+
+KINDS = {
+    "pre": {},
+    "post": {"side": "post"},
+    "mixed ranks": {"rank_pattern": {"up": 3}, "alpha_pattern": {"conv": 5}, "use_rslora": True},
+    "fused": {"fused_projections": {"up": {"splits": [4, 6], "adapt": [1]}}},
+    "fused post": {"side": "post", "fused_projections": {"up": {"splits": [4, 3, 3], "adapt": [0, 2]}}},
+}
+
+
+@pytest.fixture
+def double():
+    torch.manual_seed(0)
+    return Mlp().double()
+
+
+def saved(model, folder, seed, **config):
+    from helpers import randomise
+
+    peft_model = adapted(model, **{"r": 2, **config})
+    randomise(peft_model, seed=seed)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def both(model, first, second):
+    peft_model = PeftModel.from_pretrained(copy.deepcopy(model), first, adapter_name="first")
+    peft_model.load_adapter(second, "second")
+    peft_model.base_model.set_adapter(["first", "second"])
+    return peft_model.eval()
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_the_product_equals_both_in_order(config, double, tmp_path):
+    first = saved(double, tmp_path / "a", 2, **config)
+    second = saved(double, tmp_path / "b", 3, **(config | {"r": 4, "lorma_alpha": 3}))
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for a, b, name in ((first, second, "ab"), (second, first, "ba")):
+        compose(a, b, tmp_path / name)
+        one = PeftModel.from_pretrained(copy.deepcopy(double), tmp_path / name).eval()
+        torch.testing.assert_close(one(x), both(double, a, b)(x), rtol=0, atol=1e-12)
+    other = PeftModel.from_pretrained(copy.deepcopy(double), tmp_path / "ba").eval()
+    assert (one(x) - both(double, first, second)(x)).abs().max() > 1e-6
+    assert {layer.r["default"] for layer in other.modules() if hasattr(layer, "lorma_A")} <= {5, 6, 7}
+
+
+def test_layers_that_only_one_adapter_has(double, tmp_path):
+    first = saved(double, tmp_path / "a", 2, target_modules=["up", "gate"])
+    second = saved(double, tmp_path / "b", 3, target_modules=["gate", "conv"])
+    compose(first, second, tmp_path / "c")
+    one = PeftModel.from_pretrained(copy.deepcopy(double), tmp_path / "c").eval()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(one(x), both(double, first, second)(x), rtol=0, atol=1e-12)
+    assert one.base_model.model.up.r["default"] == 2
+    assert one.base_model.model.gate.r["default"] == 4
+
+
+def test_heads(double, tmp_path):
+    first = saved(double, tmp_path / "a", 2, modules_to_save=["head"])
+    second = saved(double, tmp_path / "b", 3)
+    compose(first, second, tmp_path / "c")
+    name = "base_model.model.head.weight"
+    kept = load_file(first / "adapter_model.safetensors")[name]
+    assert torch.equal(load_file(tmp_path / "c" / "adapter_model.safetensors")[name], kept)
+    third = saved(double, tmp_path / "d", 4, modules_to_save=["head"])
+    path = third / "adapter_model.safetensors"
+    save_file(load_file(path) | {name: kept + 1}, path)
+    with pytest.raises(InputError, match="both adapters have trained head.weight whole.*--heads-from"):
+        compose(first, third, tmp_path / "e")
+    for heads, expected in (("first", kept), ("second", kept + 1)):
+        compose(first, third, tmp_path / "e", heads_from=heads)
+        assert torch.equal(load_file(tmp_path / "e" / "adapter_model.safetensors")[name], expected)
+
+
+def test_side_auto_needs_the_structure_of_the_base(tiny_bert, tmp_path):
+    torch.manual_seed(0)
+    bert = AutoModelForSequenceClassification.from_pretrained(tiny_bert).double().eval()
+    config = {"side": "auto", "target_modules": ["query", "intermediate.dense"]}
+    first = saved(bert, tmp_path / "a", 2, **config)
+    second = saved(bert, tmp_path / "b", 3, **(config | {"r": 3}))
+    with pytest.raises(InputError, match=r"side='auto': the files do not say which side of .*--base"):
+        compose(first, second, tmp_path / "c")
+    compose(first, second, tmp_path / "c", base=Base(str(tiny_bert), auto_model="AutoModelForSequenceClassification"))
+    one = PeftModel.from_pretrained(copy.deepcopy(bert), tmp_path / "c").eval()
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(one(ids).logits, both(bert, first, second)(ids).logits, rtol=0, atol=1e-12)
+    assert one.peft_config["default"].side == "auto"
+    with pytest.raises(InputError, match="the base model has no layer bert.encoder"):
+        compose(first, second, tmp_path / "d", base=Base(str(tiny_bert), auto_model="AutoModel"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inflation": "permutation"}, "has inflation='permutation'; only LoRMA adapters with inflation='plus'"),
+        ({"use_dora": True}, "has use_dora=True, which is no product of low rank"),
+        ({"side": "post"}, "the first adapter has side='pre', the second 'post'"),
+        ({"fused_projections": {"up": {"splits": [5, 5]}}}, "differ in fused_projections"),
+        ({"base_model_name_or_path": "other/model"}, "differ in base_model_name_or_path"),
+    ],
+)
+def test_refusals(changes, message, double, tmp_path):
+    first, changes = saved(double, tmp_path / "a", 2), dict(changes)
+    name = changes.pop("base_model_name_or_path", None)
+    second = saved(double, tmp_path / "b", 3, **changes)
+    for folder, base in ((first, "some/model"), (second, name)):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(InputError, match=message):
+        compose(first, second, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_tlora_is_refused_with_the_reason(double, tmp_path):
+    from peft import get_peft_model
+
+    get_peft_model(copy.deepcopy(double), TLoraConfig(r=2, target_modules=["up"])).save_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match="is a TLoRA adapter, which adds α·ABC"):
+        compose(tmp_path / "a", saved(double, tmp_path / "b", 3), tmp_path / "c")
+
+
+def test_the_command(double, tmp_path, cli):
+    first, second = saved(double, tmp_path / "a", 2), saved(double, tmp_path / "b", 3)
+    done = cli("compose", first, second, "-o", tmp_path / "c")
+    assert done.code == 0, done.err
+    assert "one adapter of rank 4 that equals" in done.out
+    again = cli("compose", first, second, "-o", tmp_path / "c")
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    assert cli("compose", first, second, "-o", tmp_path / "c", "--heads-from", "third").code == 2
+    assert cli("compose", first, tmp_path / "nothing", "-o", tmp_path / "d").code == 2

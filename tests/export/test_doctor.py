@@ -1,0 +1,114 @@
+"""What ``lorma doctor`` finds out about an adapter without its base model."""
+
+import pytest
+import torch
+from helpers import adapted
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from lorma import TLoraConfig
+from lorma.export.doctor import environment, examine
+from tuners.conftest import Mlp
+
+
+@pytest.fixture
+def mlp():
+    torch.manual_seed(0)
+    return Mlp()
+
+
+def test_the_environment_names_versions_and_devices():
+    found = environment()
+    assert {"lorma", "python", "torch", "transformers", "peft", "accelerate", "cpu", "quantised bases"} <= set(found)
+    assert found["torch"] == torch.__version__
+    assert "missing" not in found.values()
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "lora"),
+    [
+        ({}, "LoRMA, inflation=plus, side=pre", "yes, exactly"),
+        ({"side": "post"}, "LoRMA, inflation=plus, side=post", "yes, exactly"),
+        ({"use_dora": True}, "LoRMA, inflation=plus, side=pre with DoRA (DoRMA)", "no: use_dora rescales"),
+        ({"inflation": "permutation"}, "LoRMA, inflation=permutation, side=pre", "no: with inflation='permutation'"),
+        ({"inflation": "none"}, "LoRMA, inflation=none, side=pre", "no: with inflation='none'"),
+    ],
+)
+def test_healthy_adapters(config, method, lora, mlp, tmp_path):
+    model = adapted(mlp, r=2, rank_pattern={"conv": 3}, modules_to_save=["head"], **config)
+    model.save_pretrained(tmp_path)
+    health = examine(tmp_path)
+    assert (health.method, health.faults) == (method, [])
+    assert health.lora.startswith(lora)
+    assert [(layer.name, layer.rank) for layer in health.layers] == [("conv", 3), ("gate", 2), ("up", 2)]
+    assert {layer.dtype for layer in health.layers} == {"float32"}
+    assert health.layers[2].shapes[0] == (2, 6 if config.get("side") == "post" else 10)
+    assert set(health.others) >= {"head.bias", "head.weight"}
+    if config.get("inflation", "plus") == "plus":
+        layer = model.base_model.model.up
+        A, B, s = (layer.lorma_A["default"].double(), layer.lorma_B["default"].double(), layer.scaling["default"])
+        expected = torch.linalg.cond(torch.eye(2) + s * (A @ B)).item()
+        assert health.layers[2].condition == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=3, target_modules=["up"]), TLoraConfig(r=3, target_modules=["up"])])
+def test_adapters_of_other_methods(config, mlp, tmp_path):
+    get_peft_model(mlp, config).save_pretrained(tmp_path)
+    health = examine(tmp_path)
+    assert health.layers[0].name.startswith("up")
+    assert health.layers[0].rank == 3
+    assert health.faults == []
+
+
+def damage(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def nan(tensors):
+    tensors["base_model.model.up.lorma_B"][0, 0] = torch.nan
+
+
+def infinite_head(tensors):
+    tensors["base_model.model.head.bias"][0] = torch.inf
+
+
+def singular(tensors):
+    A = tensors["base_model.model.up.lorma_A"].zero_()
+    B = tensors["base_model.model.up.lorma_B"].zero_()
+    A[0, 0], B[0, 0] = 1, -1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (nan, "up holds NaN or infinity"),
+        (infinite_head, "head.bias holds NaN or infinity"),
+        (singular, "the multiplier of up is singular (condition number inf)"),
+    ],
+)
+def test_broken_adapters_exit_with_1(change, message, mlp, tmp_path, cli):
+    adapted(mlp, r=2, lorma_alpha=2, modules_to_save=["head"]).save_pretrained(tmp_path)
+    assert cli("doctor", tmp_path).code == 0
+    damage(tmp_path, change)
+    found = cli("doctor", tmp_path)
+    assert found.code == 1
+    assert f"broken: {message}" in found.out
+
+
+def test_exit_codes(tmp_path, cli):
+    alone = cli("doctor")
+    assert alone.code == 0
+    assert "transformers" in alone.out
+    wrong = cli("doctor", tmp_path / "nothing")
+    assert wrong.code == 2
+    assert len(wrong.err.strip().splitlines()) == 1
+
+
+def test_a_run_directory(recipe_file, tmp_path, cli):
+    assert cli("train", recipe_file()).code == 0
+    found = cli("doctor", tmp_path / "run")
+    assert found.code == 0
+    assert "healthy" in found.out
