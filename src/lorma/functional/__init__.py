@@ -27,7 +27,7 @@ from lorma.functional.multiplier import (
     update_matrix,
 )
 from lorma.functional.norms import multiplied_row_norms
-from lorma.functional.projection import checksum
+from lorma.functional.projection import checksum, joint_checksum
 from lorma.functional.start import init_factors
 from lorma.functional.tri_matrix import (
     draw_projections,
@@ -51,6 +51,7 @@ __all__ = [
     "inverse_delta_weight",
     "invert",
     "invert_plus",
+    "joint_checksum",
     "lora_form",
     "multiplied_row_norms",
     "multiplier",

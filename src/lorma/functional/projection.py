@@ -44,11 +44,21 @@ def standard_normal(seed: int, name: str, shape: tuple[int, int], label: str) ->
         return ((normal * GRID).round() / GRID).reshape(shape)
 
 
-def checksum(*matrices: Tensor) -> int:
-    """64 bits of the SHA-256 of the float32 numbers of ``matrices``, as a signed integer; little-endian everywhere."""
+def checksum(*matrices: Tensor) -> bytes:
+    """The first 8 bytes of the SHA-256 of the float32 numbers of ``matrices``; the same on every machine."""
     digest = hashlib.sha256()
     for matrix in matrices:
         numbers = matrix.detach().to("cpu", torch.float32).contiguous()
         digest.update(str(tuple(numbers.shape)).encode())
         digest.update(numbers.numpy().astype("<f4", copy=False).tobytes())
-    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+    return digest.digest()[:8]
+
+
+def joint_checksum(checksums: list[bytes]) -> Tensor:
+    """8 bytes that tell whether all of ``checksums`` are the same, then the first byte of each, to tell which is not.
+
+    Returns:
+        uint8 on the CPU, of shape (8 + number of checksums,).
+    """
+    together = hashlib.sha256(b"".join(checksums)).digest()[:8]
+    return torch.tensor([*together, *(checksum[0] for checksum in checksums)], dtype=torch.uint8, device="cpu")

@@ -35,7 +35,7 @@ class TLoraLayer(AdapterLayer):
 
     Attributes, each keyed by adapter name: ``tlora_B`` (r × r) and ``tlora_scale`` (one number), trained; ``tlora_A``
     (k × r) and ``tlora_C`` (r × d), buffers; ``r``, ``seed``, ``tlora_dropout``, ``undo``; and on the first layer of
-    an adapter ``tlora_checksum``, one number for each of the adapter's layers.
+    an adapter ``tlora_checksum``, 8 bytes and one more for each of the adapter's layers.
     """
 
     adapter_layer_names = ("tlora_B", "tlora_scale")
@@ -102,10 +102,11 @@ class TLoraLayer(AdapterLayer):
             self.seed[adapter_name], self.layer_name, *self.matrix_shape, self.r[adapter_name]
         )
 
-    def projection_checksum(self, adapter_name: str) -> int:
-        """64 bits that tell whether two machines have drawn the same A and C."""
+    def projection_checksum(self, adapter_name: str) -> bytes:
+        """8 bytes that tell whether two machines have drawn the same A and C; rounding these is not a difference."""
         held = self.tlora_A[adapter_name], self.tlora_C[adapter_name]
-        return functional.checksum(*(self.draw_projections(adapter_name) if held[0].is_meta else held))
+        exact = not held[0].is_meta and held[0].dtype.itemsize >= 4
+        return functional.checksum(*(held if exact else self.draw_projections(adapter_name)))
 
     def _tensors(self, adapter_name: str) -> Iterator[tuple[Any, Tensor]]:
         """As every layer's; matrices that had no memory get it when the base layer has."""

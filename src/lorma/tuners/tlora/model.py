@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorma import functional
 from lorma.tuners.kinds import from_pattern
 from lorma.tuners.model import AdapterModel
 from lorma.tuners.tlora.layer import TLoraLayer
 from lorma.tuners.tlora.layers import KINDS, ParamWrapper
 
 CHECKSUM = ".tlora_checksum"
+FIXED = re.compile(r"\.tlora_(A|C|checksum)\.")
 
 
 class TLoraModel(AdapterModel):
@@ -35,10 +38,19 @@ class TLoraModel(AdapterModel):
         if config.save_projection or not layers:
             return
         if any(layer.tlora_A[adapter_name].is_meta for layer in layers):
-            found = torch.empty(len(layers), dtype=torch.int64, device="meta")
+            found = torch.empty(8 + len(layers), dtype=torch.uint8, device="meta")
         else:
-            found = torch.tensor([layer.projection_checksum(adapter_name) for layer in layers], device="cpu")
+            found = _checksum(layers, adapter_name)
         layers[0].tlora_checksum.put(adapter_name, found, saved=True)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What ``DistributedDataParallel`` need not send to all processes at each forward, being the same everywhere.
+
+        It asks the model that it wraps, which is this one or the ``PeftModel`` around it.
+        """
+        fixed = [name for name, _ in self.named_buffers() if FIXED.search(name)]
+        return [*fixed, *(f"base_model.{name}" for name in fixed)]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -47,17 +59,19 @@ class TLoraModel(AdapterModel):
         """As every tuner's, after checking that A and C are those that the adapter was trained with.
 
         Raises:
-            ValueError: naming the layer whose matrices come out otherwise here; or if the file holds no checksum.
+            ValueError: naming the layer whose matrices come out otherwise here; or if the file holds no checksum, or
+                fixed matrices against the configuration.
         """
-        stored = any(".tlora_A" in key for key in state_dict)
-        if stored != config.save_projection:
-            has = "holds" if stored else "does not hold"
+        layers = _layers(model, adapter_name)
+        stored = sum(".tlora_A" in key or ".tlora_C" in key for key in state_dict)
+        if stored != (2 * len(layers) if config.save_projection else 0):
             raise ValueError(
-                f"the adapter's weights {has} the fixed matrices tlora_A and tlora_C, but its configuration says "
-                f"save_projection={config.save_projection}"
+                f"the adapter's weights hold {stored} fixed matrices tlora_A and tlora_C for {len(layers)} adapted "
+                f"layers, but its configuration says save_projection={config.save_projection}: it needs "
+                f"{2 * len(layers) if config.save_projection else 'none'}"
             )
         if not stored:
-            _verify(_layers(model, adapter_name), adapter_name, state_dict)
+            _verify(layers, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -66,17 +80,23 @@ def _layers(model: nn.Module, adapter_name: str) -> list[TLoraLayer]:
     return [layer for layer in found if adapter_name in layer.undo]
 
 
+def _checksum(layers: list[TLoraLayer], adapter_name: str) -> Tensor:
+    return functional.joint_checksum([layer.projection_checksum(adapter_name) for layer in layers])
+
+
 def _verify(layers: list[TLoraLayer], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    checksums = [value for key, value in state_dict.items() if CHECKSUM in key]
-    if len(checksums) != 1 or checksums[0].dtype != torch.int64 or len(checksums[0]) != len(layers):
+    found = [value for key, value in state_dict.items() if CHECKSUM in key]
+    size = 8 + len(layers)
+    if len(found) != 1 or found[0].dtype != torch.uint8 or found[0].shape != (size,):
         raise ValueError(
-            f"the adapter's weights must hold one tlora_checksum of {len(layers)} whole numbers, one for each adapted "
-            "layer; without it nobody can tell whether its fixed matrices can be drawn again"
+            f"the adapter's weights must hold one tlora_checksum of {size} bytes for its {len(layers)} adapted layers; "
+            "without it nobody can tell whether its fixed matrices can be drawn again"
         )
-    for layer, expected in zip(layers, cast(list[int], checksums[0].tolist()), strict=True):
-        if layer.projection_checksum(adapter_name) != expected:
-            raise ValueError(
-                f"the fixed matrices A and C of {layer.layer_name} come out otherwise than those the adapter was "
-                "trained with (another checksum), so it would compute something else here; was it trained with "
-                "another seed or another version of lorma? An adapter saved with save_projection=True is not affected"
-            )
+    differs = (found[0].cpu() != _checksum(layers, adapter_name)).nonzero().flatten().tolist()
+    if differs:
+        names = [layers[i - 8].layer_name for i in differs if i >= 8]
+        raise ValueError(
+            f"the fixed matrices A and C of {names[0] if names else 'a layer'} come out otherwise than those the "
+            "adapter was trained with (another checksum), so it would compute something else here; was it trained with "
+            "another seed or another version of lorma? An adapter saved with save_projection=True is not affected"
+        )
