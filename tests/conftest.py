@@ -46,17 +46,21 @@ def _save_tokenizer(folder: Path) -> int:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """A BERT of two thin layers with random weights, saved like any other model."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    save_tiny_bert(folder)
+    return folder
+
+
+def save_tiny_bert(folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("tiny-bert")
     torch.manual_seed(0)
     size = _save_tokenizer(folder)
     config = BertConfig(
         vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
     )
     BertModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 def one_line(message: object, limit: int = 400) -> str:
     """A message in one line that a terminal can show: no breaks, no control characters, its middle cut out if long."""
-    text = " ".join(str(message).split())
+    text = str(message)
     if len(text) > limit:
         text = f"{text[: limit // 2]} … {text[-(limit // 2) :]}"
+    text = " ".join(text.split())
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorma._version import __version__
-from lorma.cli import compare, compose, doctor, evaluate, export, methods, predict, report, train
+from lorma.cli import compare, compose, doctor, evaluate, export, merge, methods, predict, report, train
 from lorma.cli.common import plain_console
 from lorma.errors import InputError, one_line
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     help="Fine-tune language models by multiplying their weights (LoRMA), beside LoRA and full fine-tuning.",
     epilog="Exit codes: 0 done; 1 the work failed; 2 the command, recipe or data is wrong.",
 )
-for module in (train, compare, predict, evaluate, report, methods, export, doctor, compose):
+for module in (train, compare, predict, evaluate, report, methods, export, doctor, compose, merge):
     module.register(app)
 
 

@@ -36,6 +36,7 @@ class Adapted:
         peft_model: the model with the adapter injected; parameters of the base are on the meta device.
         weights: the base model's weights, by their names in the model.
         others: what the adapter's file holds beside the factors, by its names there: trained heads and biases.
+        tensors: parameters and saved buffers of the base model (meta), tied ones under each of their names.
         parameter_names: names in the base model of each parameter of ``peft_model``, by ``id``.
     """
 
@@ -43,6 +44,7 @@ class Adapted:
     peft_model: Any
     weights: BaseWeights
     others: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     parameter_names: dict[int, str]
 
     def layers(self) -> list[tuple[str, AdapterLayer]]:
@@ -92,6 +94,7 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
     model = meta_model(base, config.task_type)
     weights = open_weights(base, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = dict(model.state_dict(keep_vars=True))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -105,7 +108,7 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder} does not fit the base model: {one_line(error)}") from None
     others = {key: value for key, value in tensors.items() if key not in factors}
-    adapted = Adapted(config, peft_model.eval(), weights, others, names)
+    adapted = Adapted(config, peft_model.eval(), weights, others, state, names)
     for path, layer in adapted.layers():
         if any(
             getattr(layer, kind)[NAME].is_meta for kind in layer.adapter_layer_names if NAME in getattr(layer, kind)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from lorma.errors import InputError, one_line
 from lorma.export.base import Base
+from lorma.tuners.untrusted import DTYPES, TensorInfo
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
 class BaseWeights(ABC):
-    """Parameters of a base model, each read when it is asked for.
+    """Parameters (and saved buffers) of a base model, each read when it is asked for.
 
     Names are those of the model that ``open_weights`` was given, without any wrapper of PEFT.
     """
@@ -36,8 +37,8 @@ class BaseWeights(ABC):
         """Whether the checkpoint has this parameter; a head that is trained anew it has not."""
 
     @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one parameter, without reading it."""
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of one parameter, without reading it."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -67,9 +68,12 @@ class SafetensorsWeights(BaseWeights):
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoint_names
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def info(self, name: str) -> TensorInfo:
         with self.open(name) as file:
-            return tuple(file.get_slice(self.checkpoint_names[name]).get_shape())
+            part = file.get_slice(self.checkpoint_names[name])
+            if part.get_dtype() not in DTYPES:
+                raise InputError(f"the base model holds {name} as {part.get_dtype()}; allowed: {', '.join(DTYPES)}")
+            return TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
 
     def read(self, name: str) -> Tensor:
         with self.open(name) as file:
@@ -78,7 +82,7 @@ class SafetensorsWeights(BaseWeights):
 
     def file_of(self, shard: str) -> Path:
         """Where a shard lies; one on the hub is fetched into the cache."""
-        return _file(self.base, shard)
+        return base_file(self.base, shard)
 
     def open(self, name: str) -> Any:
         """The open safetensors file that holds one parameter of the model (a context manager)."""
@@ -102,8 +106,9 @@ class LoadedWeights(BaseWeights):
     def __contains__(self, name: str) -> bool:
         return name in self._state
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.read(name).shape)
+    def info(self, name: str) -> TensorInfo:
+        tensor = self.read(name)
+        return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
     def read(self, name: str) -> Tensor:
         if name not in self._state:
@@ -161,7 +166,7 @@ def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in available), None)
 
     names: dict[str, str] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name in model.state_dict():
         found = find(name) or (find(tied[name]) if name in tied else None)
         if found is not None:
             names[name] = found
@@ -174,7 +179,7 @@ def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 def _find_shards(base: Base) -> dict[str, str]:
-    index = _file(base, INDEX_FILE, optional=True)
+    index = base_file(base, INDEX_FILE, optional=True)
     if index is not None:
         try:
             shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -184,7 +189,7 @@ def _find_shards(base: Base) -> dict[str, str]:
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise InputError(f"{index} names {shard!r}, which is no safetensors file beside it")
         return shards
-    path = _file(base, SINGLE_FILE, optional=True)
+    path = base_file(base, SINGLE_FILE, optional=True)
     if path is None:
         raise InputError(
             f"base model {base.path!r} has no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors are read"
@@ -196,7 +201,7 @@ def _find_shards(base: Base) -> dict[str, str]:
         raise InputError(f"{path} is truncated or not a safetensors file ({one_line(error)})") from None
 
 
-def _file(base: Base, name: str, optional: bool = False) -> Any:
+def base_file(base: Base, name: str, optional: bool = False) -> Any:
     """A file of the base model's folder or repository; None if it is optional and not there."""
     from transformers.utils import cached_file
 

@@ -11,6 +11,7 @@ from peft.utils import PeftType
 
 from lorma.tuners import validation as check
 from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_weights, read_config
+from lorma.tuners.card import write_card
 from lorma.tuners.merge import UNDO_CHOICES
 from lorma.tuners.untrusted import read_header
 
@@ -101,6 +102,11 @@ class AdapterConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and not indices:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and the model card beside it; see :mod:`lorma.tuners.card`."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory), self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

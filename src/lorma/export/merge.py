@@ -1,0 +1,251 @@
+"""A full checkpoint with an adapter merged into it, written tensor by tensor.
+
+The base model is never loaded to be merged: its structure is on the meta device, and each weight is read, changed by
+its layer's own ``merge`` if it is adapted, written and forgotten. Shards are those of the base checkpoint. At the end
+the adapted model and the written one are loaded, one after the other, and must answer the same.
+
+Weights that are tied in the base model come apart when only one of them is changed; both are written then, and the
+configuration says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorma.errors import InputError
+from lorma.export.adapted import NAME, Adapted, open_adapter
+from lorma.export.base import Base
+from lorma.export.stream import CODES, write_safetensors
+from lorma.export.verify import check_same, load_adapted_outputs
+from lorma.export.weights import INDEX_FILE, SINGLE_FILE, LoadedWeights, SafetensorsWeights, base_file
+from lorma.files import META_FILE, write_folder
+from lorma.tuners.adapter_file import PREFIX
+from lorma.tuners.card import merged_card
+from lorma.tuners.layer import AdapterLayer
+from lorma.tuners.untrusted import TensorInfo
+
+SHARD_BYTES = 5 * 10**9
+"""Size of a shard where the base checkpoint gives none."""
+COPIED = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json
+    merges.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json
+    generation_config.json preprocessor_config.json processor_config.json""".split()
+"""What is taken over from the base model as it is, where it is there."""
+
+
+ORIGINAL = ".original_module."
+"""In the name of a bias of which PEFT has also saved the trained copy (``bias="all"``)."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has written.
+
+    Attributes:
+        folder: the checkpoint.
+        tensors: how many it holds, and ``changed`` of them by the adapter.
+        bytes: of all tensors.
+        shards: number of files.
+        difference: ``‖merged − adapted‖ / ‖adapted‖`` of the outputs on a prompt; None if it was not verified.
+        note: why not, if so.
+    """
+
+    folder: Path
+    tensors: int
+    changed: int
+    bytes: int
+    shards: int
+    difference: float | None
+    note: str = ""
+
+
+def merge(adapter: Path, output: Path, base: Base, *, verify: bool = True) -> Merged:
+    """Write the base model with an adapter merged into it, as ``transformers`` loads it.
+
+    The folder appears whole or not at all. It also holds the tokenizer, the generation settings and, for an adapter
+    that ``lorma train`` made, the description of its task, so that ``lorma predict`` reads it.
+
+    Args:
+        adapter: the adapter folder.
+        output: folder to write; replaced if it exists.
+        base: its base model, in full precision.
+        verify: load the adapted and the written model and compare their outputs.
+
+    Raises:
+        InputError: an adapter or a base model that cannot be read, or that do not fit each other.
+        ValueError: a merged weight is not finite, or the written model answers otherwise than the adapted one.
+    """
+    adapted = _with_all_weights(open_adapter(adapter, base), base)
+    plan = Plan(adapted)
+    counted: list[int] = []
+    difference: list[Any] = []
+
+    def fill(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        counted.append(_write_weights(plan, folder))
+        _write_rest(adapted, base, plan, adapter, folder)
+        if verify:
+            expected, inputs = load_adapted_outputs(adapted, base, adapter)
+            difference.append(check_same(expected, inputs, type(adapted.peft_model.get_base_model()), folder))
+
+    write_folder(output, fill)
+    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    compared = difference[0] if difference else None
+    note = "" if compared is not None else "not verified: " + ("no known input" if verify else "not asked for")
+    return Merged(output, len(plan.infos), len(plan.layers) + len(plan.others), size, counted[0], compared, note)
+
+
+class Plan:
+    """What is written under which name, where it comes from, and into which file.
+
+    Attributes:
+        layers: the adapted layer of each weight that one changes, by the weight's name in the model.
+        others: weights that the adapter brings whole, by name.
+        infos: shapes and dtypes of all that is written, in order.
+        untied: whether weights that are one in the base model are two here.
+    """
+
+    def __init__(self, adapted: Adapted) -> None:
+        self.adapted = adapted
+        self.layers = {_own_name(path, layer): layer for path, layer in adapted.layers()}
+        self.others = {_plain(key): tensor for key, tensor in adapted.others.items() if ORIGINAL not in key}
+        self.untied = False
+        dtype = None
+        self.infos: dict[str, TensorInfo] = {}
+        for group in _groups(adapted):
+            changed = [name for name in group if name in self.layers or name in self.others]
+            names = group if changed else group[:1]
+            self.untied = self.untied or (len(group) > 1 and bool(changed))
+            for name in names:
+                if name in adapted.weights:
+                    shape, dtype = adapted.weights.info(name)
+                elif name in self.others:
+                    shape = tuple(self.others[name].shape)
+                else:
+                    raise InputError(
+                        f"neither the base model nor the adapter has a weight for {name}; it cannot be written"
+                    )
+                self.infos[name] = TensorInfo(tuple(shape), dtype or torch.float32)
+        unknown = sorted(self.others.keys() - self.infos.keys())
+        if unknown:
+            raise InputError(f"the adapter holds {unknown[0]}, which the base model does not have")
+        strange = {str(info.dtype) for info in self.infos.values() if info.dtype not in CODES}
+        if strange:
+            raise InputError(
+                f"the base model holds weights of type {', '.join(sorted(strange))}; they cannot be merged"
+            )
+
+    def files(self) -> dict[str, list[str]]:
+        """Names of what goes into which file, sharded as the base checkpoint is."""
+        shards: dict[str, list[str]] = {}
+        weights, size, number = self.adapted.weights, 0, 0
+        for name, (shape, dtype) in self.infos.items():
+            if isinstance(weights, SafetensorsWeights) and name in weights:
+                shard = weights.shards[weights.checkpoint_names[name]]
+            elif isinstance(weights, SafetensorsWeights) and shards:
+                shard = next(reversed(shards))
+            else:
+                size += torch.Size(shape).numel() * dtype.itemsize
+                if size > SHARD_BYTES:
+                    size, number = 0, number + 1
+                shard = str(number)
+            shards.setdefault(shard, []).append(name)
+        if len(shards) == 1:
+            return {SINGLE_FILE: next(iter(shards.values()))}
+        total = len(shards)
+        return {f"model-{i + 1:05d}-of-{total:05d}.safetensors": names for i, (_, names) in enumerate(shards.items())}
+
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """What is written under each name, one at a time.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        for name in names:
+            tensor = self._tensor(name).to(self.infos[name].dtype)
+            if (name in self.layers or name in self.others) and not torch.isfinite(tensor).all():
+                raise ValueError(f"the merged {name} holds NaN or infinity; the adapter seems to be broken")
+            yield name, tensor
+
+    @torch.no_grad()
+    def _tensor(self, name: str) -> Tensor:
+        if name in self.others:
+            return self.others[name]
+        if name not in self.layers:
+            return self.adapted.weights.read(name)
+        layer = self.layers[name]
+        with self.adapted.with_weight(layer):
+            layer.merge(safe_merge=True, adapter_names=[NAME], undo="refuse")
+            merged: Tensor = getattr(layer.get_base_layer(), layer.weight_name).detach()
+        return merged
+
+
+def _groups(adapted: Adapted) -> list[list[str]]:
+    """Names in the base model of everything that is saved, those of one tied weight together."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in adapted.tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
+
+
+def _own_name(path: str, layer: AdapterLayer) -> str:
+    return f"{path.replace('.base_layer', '')}.{layer.weight_name}"
+
+
+def _plain(key: str) -> str:
+    """The name in the base model of a head or bias in an adapter file, without PEFT's wrappers."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
+def _with_all_weights(adapted: Adapted, base: Base) -> Adapted:
+    """Read whole what transformers renames while it loads; otherwise weights would seem to be missing."""
+    brought = {_plain(key) for key in adapted.others}
+    needed = [group[0] for group in _groups(adapted) if group[0] not in brought]
+    if isinstance(adapted.weights, SafetensorsWeights) and any(name not in adapted.weights for name in needed):
+        return replace(adapted, weights=LoadedWeights(base, type(adapted.peft_model.get_base_model())))
+    return adapted
+
+
+def _write_weights(plan: Plan, folder: Path) -> int:
+    files, total = plan.files(), 0
+    for file, names in files.items():
+        infos = {name: plan.infos[name] for name in names}
+        total += write_safetensors(folder / file, infos, plan.tensors(names))
+    if len(files) > 1:
+        places = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return len(files)
+
+
+def _write_rest(adapted: Adapted, base: Base, plan: Plan, adapter: Path, folder: Path) -> None:
+    model = adapted.peft_model.get_base_model()
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = next(info.dtype for info in plan.infos.values() if info.dtype.is_floating_point)
+    if plan.untied:
+        config.tie_word_embeddings = False
+    if hasattr(config, "quantization_config"):  # a GGUF file's, which is unpacked here
+        del config.quantization_config
+    config.save_pretrained(folder)
+    if base.gguf_file:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(base.path, **base.hub_kwargs()).save_pretrained(folder)
+        if isinstance(adapted.weights, LoadedWeights) and adapted.weights.model.can_generate():
+            adapted.weights.model.generation_config.save_pretrained(folder)
+    else:
+        for name in COPIED:
+            found = base_file(base, name, optional=True)
+            if found is not None:
+                shutil.copyfile(found, folder / name)
+    if (adapter / META_FILE).is_file():
+        shutil.copyfile(adapter / META_FILE, folder / META_FILE)
+    (folder / "README.md").write_text(merged_card(adapted.config), encoding="utf-8")
