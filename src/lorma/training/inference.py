@@ -100,8 +100,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     check_whole_modules(model, adapter)
     wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)  # type: ignore[arg-type]
     refusal = f"{folder} cannot be used"
+    bare = adapter.method != "ADALORA"  # which picks the ranks that are left by their values
     try:
-        adapted = wrap(model, adapter.config, low_cpu_mem_usage=True)
+        adapted = wrap(model, adapter.config, low_cpu_mem_usage=bare)
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for name in sorted(expected.keys() ^ adapter.tensors.keys()):
@@ -113,7 +114,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
                     f"{refusal}: {name} has shape {list(adapter.tensors[name].shape)}, the model has room for "
                     f"{list(shape)}"
                 )
-        adapted.load_adapter(str(folder), "default", low_cpu_mem_usage=True)
+        adapted.load_adapter(str(folder), "default", low_cpu_mem_usage=bare)
     except InputError:
         raise
     except KeyError as error:

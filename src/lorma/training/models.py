@@ -222,12 +222,12 @@ def attach(model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_ty
     return adapted
 
 
-def _targets_of_lora(model: PreTrainedModel) -> list[str] | None:
+def _targets_of_lora(model: PreTrainedModel) -> set[str] | None:
     """PEFT's choice of modules for LoRA; PEFT chooses others, or none, for some of its methods."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
 
     names = CHOICES.get(model.config.model_type)
-    return None if names is None else list(names)
+    return None if names is None else set(names)
 
 
 def _check_names(model: PreTrainedModel, key: str, wanted: list[str] | str | None) -> None:

@@ -113,7 +113,7 @@ def training_arguments(recipe: Recipe, task: Task, run: RunDirectory) -> Trainin
         max_grad_norm=spec.max_grad_norm,
         bf16=spec.precision == "bfloat16",
         fp16=spec.precision == "float16",
-        gradient_checkpointing=spec.gradient_checkpointing,
+        gradient_checkpointing=spec.gradient_checkpointing or None,
         eval_strategy="steps" if spec.eval_steps else "epoch",
         eval_steps=spec.eval_steps,
         save_strategy="steps" if spec.save_steps else "epoch",

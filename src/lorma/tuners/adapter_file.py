@@ -36,6 +36,8 @@ FROM_PEFT = ("LORA", "ADALORA", "VERA", "HIRA", "OFT")
 """PEFT's own methods that are read: those that recipes can name. Others load further files or tokenizers by name."""
 REFUSED_FIELDS = ("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "arrow_config")
 """Fields of those with which PEFT imports modules or computes on data; a trained adapter needs none of them."""
+MODEST_RANK = 256
+"""A stated rank up to this is allowed though no weight is as wide: TLoRA's files hold nothing wider than a rank in use."""
 RANK_DIMENSION = {
     **{
         f"{method}_{factor}": int(factor == "B")
@@ -169,21 +171,22 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
     """
     check_names(folder, getattr(config, "weight_names", ()), tensors)
     path = folder / WEIGHTS_NAME
+    least = int(config.peft_type != "ADALORA")  # which may leave a layer without a rank
     factors = {name: info for name, info in tensors.items() if part_of(name) in RANK_DIMENSION}
     for name, (shape, dtype) in factors.items():
         numbers = 1
         for size in shape:
             numbers *= size
-        if not dtype.is_floating_point or not shape or not 0 < numbers <= MAX_FACTOR:
+        if not dtype.is_floating_point or not shape or not least <= numbers <= MAX_FACTOR:
             raise InputError(
                 f"{path}: {name} is of type {dtype} and shape {list(shape)}; a factor holds floating-point numbers, "
-                f"at least one and at most {MAX_FACTOR:,}"
+                f"at least {least} and at most {MAX_FACTOR:,}"
             )
     widest = max((size for shape, _ in factors.values() for size in shape), default=0)
     stated = [getattr(config, name, None) for name in ("r", "init_r", "target_r")]
     stated += [value for value in (getattr(config, "rank_pattern", None) or {}).values() if isinstance(value, int)]
     for rank in stated:
-        if factors and isinstance(rank, int) and rank > widest:
+        if factors and isinstance(rank, int) and rank > max(widest, MODEST_RANK):
             raise InputError(
                 f"{folder / CONFIG_NAME} states a rank of {rank}; the widest weight in {path} has {widest}"
             )
@@ -211,7 +214,8 @@ def _ranks_of(name: str, part: str, config: Any, patterns: dict[str, re.Pattern[
     layer = name.removesuffix(".weight").removesuffix(f".{part}").removeprefix(PREFIX).partition(".base_layer")[0]
     parameters = [p.rpartition(".")[2] for p in getattr(config, "target_parameters", None) or ()]
     names = [layer, *(f"{layer}.{parameter}" for parameter in parameters)]
-    return {matching(patterns, config.rank_pattern, config.r, candidate) for candidate in names}
+    ranks = getattr(config, "rank_pattern", None) or {}
+    return {matching(patterns, ranks, config.r, candidate) for candidate in names}
 
 
 def matching(patterns: dict[str, re.Pattern[str]], values: dict[str, Any], default: Any, name: str) -> Any:
