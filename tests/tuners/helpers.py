@@ -3,9 +3,9 @@
 import copy
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
-from lorma import LormaConfig
+from lorma import LormaConfig, TLoraConfig
 
 TARGETS = ["up", "gate", "conv"]
 
@@ -18,9 +18,26 @@ def adapted(model, **config):
     return peft_model
 
 
+def is_factor(name):
+    """Whether a parameter is one of LoRMA's or TLoRA's."""
+    return ".lorma_" in name or ".tlora_" in name
+
+
 def randomise(model, adapter="default", std=0.3, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lorma_" in name and name.endswith(f".{adapter}"):
+        if is_factor(name) and name.endswith(f".{adapter}"):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std
             parameter.data.add_(noise.to(parameter.dtype))
+
+
+def tlora(model, **config):
+    """A copy of ``model`` with a TLoRA adapter far from its start."""
+    config = {"r": 4, "seed": 7, "target_modules": TARGETS, **config}
+    adapted = get_peft_model(copy.deepcopy(model), TLoraConfig(**config)).eval()
+    randomise(adapted)
+    return adapted
+
+
+def load(model, folder, **options):
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder, **options).eval()

@@ -37,7 +37,7 @@ FROM_PEFT = ("LORA", "ADALORA", "VERA", "HIRA", "OFT")
 REFUSED_FIELDS = ("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "arrow_config")
 """Fields of those with which PEFT imports modules or computes on data; a trained adapter needs none of them."""
 MODEST_RANK = 256
-"""A stated rank up to this is allowed though no weight is as wide: TLoRA's files hold nothing wider than a rank in use."""
+"""A stated rank up to this is allowed where no weight is as wide: TLoRA's files hold nothing wider than their ranks."""
 RANK_DIMENSION = {
     **{
         f"{method}_{factor}": int(factor == "B")

@@ -103,10 +103,17 @@ class TLoraLayer(AdapterLayer):
         )
 
     def projection_checksum(self, adapter_name: str) -> bytes:
-        """8 bytes that tell whether two machines have drawn the same A and C; rounding these is not a difference."""
+        """8 bytes that tell whether two machines have drawn the same A and C."""
         held = self.tlora_A[adapter_name], self.tlora_C[adapter_name]
         exact = not held[0].is_meta and held[0].dtype.itemsize >= 4
         return functional.checksum(*(held if exact else self.draw_projections(adapter_name)))
+
+    def redraw(self, adapter_name: str) -> None:
+        """Put A and C as they are drawn in place of what is held, which a cast of the model may have rounded."""
+        for held, matrix in zip((self.tlora_A, self.tlora_C), self.draw_projections(adapter_name), strict=True):
+            old = held[adapter_name]
+            if not old.is_meta:
+                held[adapter_name] = matrix.to(old.device, old.dtype)
 
     def _tensors(self, adapter_name: str) -> Iterator[tuple[Any, Tensor]]:
         """As every layer's; matrices that had no memory get it when the base layer has."""

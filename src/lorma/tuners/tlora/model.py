@@ -92,7 +92,11 @@ def _verify(layers: list[TLoraLayer], adapter_name: str, state_dict: dict[str, T
             f"the adapter's weights must hold one tlora_checksum of {size} bytes for its {len(layers)} adapted layers; "
             "without it nobody can tell whether its fixed matrices can be drawn again"
         )
-    differs = (found[0].cpu() != _checksum(layers, adapter_name)).nonzero().flatten().tolist()
+    stated = found[0].cpu()
+    if not torch.equal(stated, _checksum(layers, adapter_name)):
+        for layer in layers:
+            layer.redraw(adapter_name)
+    differs = (stated != _checksum(layers, adapter_name)).nonzero().flatten().tolist()
     if differs:
         names = [layers[i - 8].layer_name for i in differs if i >= 8]
         raise ValueError(
