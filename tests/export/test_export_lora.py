@@ -32,6 +32,10 @@ print(json.dumps(answers))
 """
 
 
+def change_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def base_for(name, folder):
     auto = {"bert": "AutoModelForSequenceClassification", "vit": "AutoModelForImageClassification"}
     return Base(str(folder), auto_model=auto.get(name, "AutoModelForCausalLM"))
@@ -42,12 +46,16 @@ def base_for(name, folder):
 def test_the_exported_folder_equals_the_adapter(case, uniform, exported_case, tmp_path):
     name, config = EXACT[case]
     folder, model, batch, adapted, adapter = exported_case(name, config())
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="organisation/model")
     reports = export_lora(adapter, tmp_path / "lora", base=base_for(name, folder), uniform_rank=uniform)
     assert all(report.error is None for report in reports)
     again = loaded(model, tmp_path / "lora")
     assert_same(logits(again, batch), logits(adapted, batch), logits(model, batch))
     stated = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    source = json.loads((adapter / "adapter_config.json").read_text())
     assert stated["peft_type"] == "LORA"
+    for field in ("base_model_name_or_path", "revision", "task_type"):
+        assert stated[field] == source[field]
     assert not (uniform and stated["rank_pattern"])
 
 

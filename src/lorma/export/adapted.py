@@ -6,6 +6,7 @@ weight is needed it is put into its layer for as long as it takes (:meth:`Adapte
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,7 +99,8 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peft_model: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
+            # On a copy, into which PEFT writes the targets and the place where it found the model.
+            peft_model: Any = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
             tuner = type(peft_model.base_model)
             own = own_part(config)
             factors = {key: value for key, value in tensors.items() if own(key)}
