@@ -110,6 +110,13 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder} does not fit the base model: {one_line(error)}") from None
     others = {key: value for key, value in tensors.items() if key not in factors}
+    for key, value in others.items():
+        place = state.get(plain_name(key))
+        if place is not None and place.shape != value.shape:
+            raise InputError(
+                f"{folder} does not fit the base model: {plain_name(key)} is {tuple(value.shape)} in the adapter and "
+                f"{tuple(place.shape)} in the model"
+            )
     adapted = Adapted(config, peft_model.eval(), weights, others, state, names)
     for path, layer in adapted.layers():
         if any(
@@ -120,6 +127,11 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
         return adapted
     # transformers renames and joins some checkpoints' weights while it loads them.
     return replace(adapted, weights=LoadedWeights(base, type(model)))
+
+
+def plain_name(key: str) -> str:
+    """The name in the base model of a head or bias in an adapter file, without PEFT's wrappers."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
 def own_part(config: Any) -> Callable[[str], bool]:

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from lorma.errors import InputError
-from lorma.export.adapted import NAME, Adapted, open_adapter
+from lorma.export.adapted import NAME, Adapted, open_adapter, plain_name
 from lorma.export.base import Base
 from lorma.export.stream import CODES, write_safetensors
 from lorma.export.verify import check_same, load_adapted_outputs
 from lorma.export.weights import INDEX_FILE, SINGLE_FILE, LoadedWeights, SafetensorsWeights, base_file
 from lorma.files import META_FILE, write_folder
-from lorma.tuners.adapter_file import PREFIX
 from lorma.tuners.card import merged_card
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.untrusted import TensorInfo
@@ -115,7 +114,7 @@ class Plan:
     def __init__(self, adapted: Adapted) -> None:
         self.adapted = adapted
         self.layers = {_own_name(path, layer): layer for path, layer in adapted.layers()}
-        self.others = {_plain(key): tensor for key, tensor in adapted.others.items() if ORIGINAL not in key}
+        self.others = {plain_name(key): tensor for key, tensor in adapted.others.items() if ORIGINAL not in key}
         self.untied = False
         dtype = None
         self.infos: dict[str, TensorInfo] = {}
@@ -199,14 +198,9 @@ def _own_name(path: str, layer: AdapterLayer) -> str:
     return f"{path.replace('.base_layer', '')}.{layer.weight_name}"
 
 
-def _plain(key: str) -> str:
-    """The name in the base model of a head or bias in an adapter file, without PEFT's wrappers."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-
-
 def _with_all_weights(adapted: Adapted, base: Base) -> Adapted:
     """Read whole what transformers renames while it loads; otherwise weights would seem to be missing."""
-    brought = {_plain(key) for key in adapted.others}
+    brought = {plain_name(key) for key in adapted.others}
     needed = [group[0] for group in _groups(adapted) if group[0] not in brought]
     if isinstance(adapted.weights, SafetensorsWeights) and any(name not in adapted.weights for name in needed):
         return replace(adapted, weights=LoadedWeights(base, type(adapted.peft_model.get_base_model())))

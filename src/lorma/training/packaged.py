@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorma.errors import InputError, did_you_mean
+from lorma.errors import InputError, did_you_mean, one_line
 
 RECIPE_FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
 """Where shipped recipes lie: inside an installed package, or at the root of a source checkout."""
@@ -71,7 +71,7 @@ def find_model(name: str, gguf_file: str | None = None, revision: str | None = N
         if folder is not None:
             return Source(str(folder), alias.gguf_file, None, alias.hub if alias.same_weights else alias_name)
         return Source(alias.hub, None, revision, alias.hub)
-    if Path(name).expanduser().is_dir():
+    if _is_folder(name):
         path = str(Path(name).expanduser().resolve())
         if gguf_file and (Path(gguf_file).is_absolute() or ".." in Path(gguf_file).parts):
             raise InputError(f"model.gguf_file={gguf_file!r} must name a file inside the model's folder")
@@ -81,7 +81,7 @@ def find_model(name: str, gguf_file: str | None = None, revision: str | None = N
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return Source(name, gguf_file, revision, name)
     raise InputError(
-        f"model.name={name!r} is neither an alias ({', '.join(ALIASES)}), a local directory nor a hub name "
+        f"model.name={one_line(repr(name))} is neither an alias ({', '.join(ALIASES)}), a local directory nor a hub name "
         f"(organisation/model){did_you_mean(name, ALIASES)}"
     )
 
@@ -111,6 +111,13 @@ def find_recipe(path: str | Path) -> Path:
         f"recipe {str(path)!r} is not a file; shipped recipes: {', '.join(shipped) or 'none'}"
         f"{did_you_mean(name, shipped)}"
     )
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long for a path, a zero byte, an unknown user
+        return False
 
 
 def _package_folder(alias: Alias) -> Path | None:

@@ -19,6 +19,7 @@ from lorma.analysis.runs import SCHEMA_VERSION
 from lorma.files import META_FILE, write_atomic, write_folder
 from lorma.tasks import Task, get_task
 from lorma.training.callbacks import ProgressBar, RunRecorder
+from lorma.training.card import training_text
 from lorma.training.memory import peak_memory, reset_peak_memory
 from lorma.training.methods import get_method
 from lorma.training.models import attach, count_parameters, load_model, load_tokenizer, locate
@@ -26,6 +27,7 @@ from lorma.training.processes import processes
 from lorma.training.recipe import Recipe
 from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory
 from lorma.training.trainer import MethodTrainer
+from lorma.tuners.card import write_card
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> RunDirectory:
@@ -87,8 +89,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         if not _evaluations(run, at_step=trainer.state.global_step):
             trainer.evaluate()
         if processes().is_main_process:
-            _save(trainer, recipe, run, prepared.meta)
-            write_atomic(run.summary_file, json.dumps(_summary(recipe, task, run, recorder, counts), indent=2) + "\n")
+            summary = _summary(recipe, task, run, recorder, counts)
+            _save(trainer, recipe, run, prepared.meta, summary)
+            write_atomic(run.summary_file, json.dumps(summary, indent=2) + "\n")
     finally:
         bar.close()
         run.close()
@@ -140,7 +143,7 @@ def _evaluations(run: RunDirectory, at_step: int | None = None) -> list[dict[str
     ]
 
 
-def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, Any]) -> None:
+def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, Any], summary: dict[str, Any]) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     name = locate(recipe.model).remembered
 
@@ -151,6 +154,7 @@ def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, A
             base.name_or_path = base.config._name_or_path = name
             model.peft_config["default"].base_model_name_or_path = name
             model.save_pretrained(folder, save_embedding_layers=False)
+            write_card(folder, model.peft_config["default"], training_text(recipe, name, summary))
         else:
             model.save_pretrained(folder)
             tokenizer: Any = trainer.processing_class

@@ -96,8 +96,11 @@ def adapter_text(config: Any) -> str:
     }
     table = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items() if value)
     load = f"transformers.{AUTO_CLASSES.get(task, 'AutoModel')}.from_pretrained({base!r})"
-    if is_lora(config):
+    if not equation_of(config):
+        without = ""
+    elif is_lora(config):
         without = (
+            "## Without lorma\n\n"
             "The same model as plain LoRA, for PEFT without lorma and for servers that read LoRA:\n\n"
             "```\nlorma export THIS_FOLDER --format lora -o LORA_FOLDER\n```\n\n"
             f"```python\nimport peft, transformers\n\nbase = {load}\n"
@@ -106,6 +109,7 @@ def adapter_text(config: Any) -> str:
         )
     else:
         without = (
+            "## Without lorma\n\n"
             "Merged into the base model it is an ordinary checkpoint:\n\n"
             "```\nlorma merge THIS_FOLDER -o MERGED_FOLDER\n```\n\n"
             "As plain LoRA it exists only approximately: `lorma export THIS_FOLDER --truncate-energy 0.99 -o FOLDER`.\n"
@@ -114,7 +118,7 @@ def adapter_text(config: Any) -> str:
         f"# {method_of(config)} adapter for {base}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n"
         f"```python\nimport lorma, peft, transformers\n\nbase = {load}\n"
         'model = peft.PeftModel.from_pretrained(base, "THIS_FOLDER")\n```\n\n'
-        f"`THIS_FOLDER` is this folder, or its name on the hub.\n\n## Without lorma\n\n{without}"
+        f"`THIS_FOLDER` is this folder, or its name on the hub.\n\n{without}"
     )
 
 

@@ -1,0 +1,40 @@
+"""What a model card says about a run: the recipe and what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorma.training.recipe import Recipe
+
+
+def training_text(recipe: Recipe, model: str, summary: dict[str, Any]) -> str:
+    """Markdown for the end of a card. The folder may go anywhere: paths of this machine are left out.
+
+    Args:
+        recipe: what was trained.
+        model: the name by which the base model is remembered.
+        summary: of the finished run.
+    """
+    content = recipe.model_dump(exclude={"output", "compare"}, exclude_none=True)
+    content["model"] = {**content["model"], "name": model}
+    content["data"] = {key: _without_folder(value) for key, value in content["data"].items()}
+    metrics = "\n".join(f"| {name} | {_shown(value)} |" for name, value in summary["final_metrics"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
+    return (
+        f"\n## Training\n\nTrained with `lorma train` for {summary['steps']} steps on {summary['device']} "
+        f"({summary['trainable_parameters']:,} trainable parameters; {versions}).\n\n"
+        f"| on the evaluation rows | |\n|---|--:|\n{metrics}\n\nThe recipe:\n\n```yaml\n"
+        f"{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}```\n"
+    )
+
+
+def _without_folder(value: Any) -> Any:
+    """The name of a file that lies on this machine; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and Path(value).expanduser().exists() else value
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
