@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorma.cli.common import plain_console, silence_libraries
+from lorma.cli.common import silence_libraries
 from lorma.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,13 +73,12 @@ def export(
 
 
 def _print(reports: list[LayerReport], output: Path) -> None:
-    console = plain_console()
     truncated = [report for report in reports if report.error is not None]
     if truncated:
-        console.print("layer\trank\terror\t‖ΔW‖/‖W0‖")
+        typer.echo("layer\trank\terror\t‖ΔW‖/‖W0‖")
         for report in truncated:
-            console.print(f"{report.layer}\t{report.rank}\t{report.error:.3g}\t{report.change:.3g}")
-        console.print(f"{len(truncated)} layers are approximated; error is ‖ΔW − B'A'‖ / ‖ΔW‖")
+            typer.echo(f"{report.layer}\t{report.rank}\t{report.error:.3g}\t{report.change:.3g}")
+        typer.echo(f"{len(truncated)} layers are approximated; error is ‖ΔW − B'A'‖ / ‖ΔW‖")
     ranks = sorted({report.rank for report in reports})
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    console.print(f"{len(reports)} layers, {shown}: {output}")
+    typer.echo(f"{len(reports)} layers, {shown}: {output}")

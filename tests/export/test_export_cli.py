@@ -1,0 +1,116 @@
+"""``lorma export`` from a trained run, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+from export_cases import logits
+
+from lorma.files import META_FILE
+
+
+@pytest.fixture
+def run(recipe_file, cli, tmp_path):
+    done = cli("train", recipe_file(), "adapter.target_modules=[query,value]")
+    assert done.code == 0, done.err
+    return tmp_path / "run"
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_run_becomes_a_lora_that_predicts_the_same(run, cli, tmp_path):
+    import torch
+
+    from lorma.training.inference import load_predictor
+
+    done = cli("export", run, "-o", tmp_path / "lora")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"4 layers, rank 2: {tmp_path / 'lora'}\n"
+    assert (tmp_path / "lora" / META_FILE).is_file()
+    batch = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+    ours, plain = (logits(load_predictor(path).model, batch) for path in (run, tmp_path / "lora"))
+    torch.testing.assert_close(plain, ours, rtol=1e-5, atol=1e-6)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    again = cli("export", run / "adapter", "-o", tmp_path / "lora")
+    assert again.code == 2
+    assert again.err.count("\n") == 1
+    assert "give --overwrite" in again.err
+    assert cli("export", run / "adapter", "-o", tmp_path / "lora", "--overwrite", "--uniform-rank").code == 0
+
+
+def test_truncation_reports_every_layer(recipe_file, cli, tmp_path):
+    assert cli("train", recipe_file(method="lorma-permutation"), "adapter.target_modules=[query]").code == 0
+    refused = cli("export", tmp_path / "run", "-o", tmp_path / "lora")
+    assert refused.code == 2
+    assert "full rank; --truncate-rank or --truncate-energy" in refused.err
+    done = cli("export", tmp_path / "run", "-o", tmp_path / "lora", "--truncate-rank", "3")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].split("\t") == ["layer", "rank", "error", "‖ΔW‖/‖W0‖"]
+    assert [line.split("\t")[1] for line in lines[1:3]] == ["3", "3"]
+    assert all(0 < float(line.split("\t")[2]) < 1 for line in lines[1:3])
+    stored = json.loads((tmp_path / "lora" / "export.json").read_text())
+    assert [layer["rank"] for layer in stored["layers"]] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--format", "onnx"], "--format='onnx' must be lora or gguf"),
+        (["--dtype", "int8"], "dtype='int8' must be float32, float16, bfloat16"),
+        (["--truncate-rank", "0"], "--truncate-rank=0 must be at least 1"),
+        (["--truncate-energy", "1.5"], "--truncate-energy=1.5 must be above 0"),
+        (["--truncate-rank", "4", "--truncate-energy", "0.5"], "give either --truncate-rank or --truncate-energy"),
+        (["--base", "nothing-like-it"], "neither an alias"),
+        (["--format", "gguf"], "must end in .gguf"),
+    ],
+)
+def test_wrong_options(arguments, reason, run, cli, tmp_path):
+    done = cli("export", run, "-o", tmp_path / "out", *arguments)
+    assert done.code == 2
+    assert reason in done.err
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_that_hold_no_adapter(run, cli, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, reason in ((tmp_path / "empty", "neither a run directory nor an adapter"), (tmp_path / "no", "neither")):
+        done = cli("export", path, "-o", tmp_path / "out")
+        assert (done.code, reason in done.err) == (2, True)
+    (run / "summary.json").unlink()
+    done = cli("export", run, "-o", tmp_path / "out")
+    assert (done.code, "unfinished run" in done.err) == (2, True)
+
+
+def test_a_quantised_base_asks_for_the_weights(run, cli, tmp_path, tiny_bert):
+    meta = json.loads((run / "adapter" / META_FILE).read_text())
+    change(run / "adapter" / META_FILE, model=meta["model"] | {"quantization": "nf4"})
+    done = cli("export", run, "-o", tmp_path / "lora")
+    assert done.code == 2
+    assert f"in nf4; say which weights the result is for: --base {tiny_bert}" in done.err
+    assert cli("export", run, "-o", tmp_path / "lora", "--base", tiny_bert).code == 0
+    packed = tmp_path / "packed"
+    shutil.copytree(tiny_bert, packed)
+    change(packed / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    done = cli("export", run, "-o", tmp_path / "other", "--base", packed)
+    assert done.code == 2
+    assert "is quantised; name the same model in full precision" in done.err
+
+
+def test_a_base_of_another_shape(run, cli, tmp_path, bases):
+    done = cli("export", run, "-o", tmp_path / "lora", "--base", bases["llama"][0])
+    assert done.code == 2
+    assert "cannot" in done.err or "does not" in done.err
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "lora").exists()
+
+
+def test_an_adapter_without_a_record_of_its_base(run, cli, tmp_path, tiny_bert):
+    (run / "adapter" / META_FILE).unlink()
+    change(run / "adapter" / "adapter_config.json", base_model_name_or_path=None)
+    done = cli("export", run / "adapter", "-o", tmp_path / "lora")
+    assert (done.code, "name it (--base)" in done.err) == (2, True)
+    assert cli("export", run / "adapter", "-o", tmp_path / "lora", "--base", tiny_bert).code == 0
