@@ -5,12 +5,17 @@ import re
 
 import pytest
 import torch
+from rich.console import Console
 
 from lorma.errors import InputError
 from lorma.training.budget import TOLERANCE, Counter, parse_budget
-from lorma.training.methods import all_methods, get_method
+from lorma.training.compare import possible_methods
+from lorma.training.methods import all_methods, get_method, method_names
 from lorma.training.models import attach, count_parameters
 from lorma.training.recipe import load_recipe
+
+# OFT's blocks become the nearest size that divides the width, which PEFT remarks on.
+pytestmark = pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")
 
 BUDGET = 3000
 
@@ -23,7 +28,7 @@ def test_budgets_as_people_write_them(text, count):
     assert parse_budget(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "many", "-3k", "0", "0.1", "1e6", "3 kk", "3kM", "nan", "٣k"])
+@pytest.mark.parametrize("text", ["", "many", "-3k", "0", "0.1", "1e6", "3 kk", "3kM", "nan", "٣k", "9" * 400])
 def test_wrong_budgets(text, recipe_file, cli):
     with pytest.raises(InputError, match="must be a number of parameters above 0, such as 0.3M, 300k or 300000"):
         parse_budget(text)
@@ -84,19 +89,15 @@ def test_a_comparison_at_a_budget(recipe_file, tmp_path, cli, read_json):
     assert "was trained with another adapter.r" in other.err
 
 
-@pytest.mark.slow
-def test_all_methods_that_are_possible(tiny_llama, recipe_file, tmp_path, cli):
-    (tmp_path / "text.jsonl").write_text('{"text": "the film was good"}\n' * 12)
-    recipe = recipe_file(
-        task="causal-lm",
-        model={"name": str(tiny_llama)},
-        data={"train": str(tmp_path / "text.jsonl"), "max_length": 16},
-        train={"max_steps": 1, "batch_size": 4},
-    )
-    done = cli("compare", recipe, "--methods", "all", f"output={tmp_path / 'all'}")
-    assert done.code == 0, done
-    assert "bitfit is left out: method='bitfit' is not possible" in done.out
-    assert len(list((tmp_path / "all").glob("*-seed0/summary.json"))) == len(all_methods()) - 1
+def test_all_methods_are_those_that_are_possible(tiny_llama, recipe_file, capsys):
+    data, model = {"train": "text.jsonl", "max_length": 16}, {"name": str(tiny_llama)}
+    recipe = load_recipe(recipe_file(task="causal-lm", model=model, data=data))
+    console = Console(width=200)
+    assert set(method_names()) - set(possible_methods(recipe, console)) == {"bitfit"}
+    said = capsys.readouterr().out
+    assert "bitfit is left out: method='bitfit' is not possible: LlamaForCausalLM has no biases" in said
+    quantized = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "nf4"})})
+    assert set(method_names()) - set(possible_methods(quantized, console)) == {"bitfit", "full"}
 
 
 def test_learning_rates_of_unknown_methods(recipe_file):

@@ -34,7 +34,7 @@ def parse_budget(text: str) -> int:
     Raises:
         InputError: anything else, or less than one parameter.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)([kKmMbB]?)", text.strip())
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})([kKmMbB]?)", text.strip())
     count = round(float(found[1]) * UNITS[found[2].lower()]) if found else 0
     if count < 1:
         raise InputError(f"--budget={text!r} must be a number of parameters above 0, such as 0.3M, 300k or 300000")

@@ -80,7 +80,7 @@ def compare(
         raise InputError("lorma compare starts its own processes; give the launcher as --launcher 'accelerate launch'")
     recipe = load_recipe(recipe_path, overrides, many_runs=True)
     if methods == [EVERY]:
-        methods = _possible(recipe, console)
+        methods = possible_methods(recipe, console)
     chosen: dict[str, Any] = {"methods": methods, "seeds": seeds}
     changes = {key: value for key, value in chosen.items() if value is not None}
     recipe = parse_recipe(recipe.model_dump() | {"compare": recipe.compare.model_dump() | changes})
@@ -107,7 +107,7 @@ def compare(
     return result
 
 
-def _possible(recipe: Recipe, console: Console) -> list[str]:
+def possible_methods(recipe: Recipe, console: Console) -> list[str]:
     """Names of all methods but those that the model of the recipe does not allow; of these the reason is told."""
     counter, names = Counter(recipe), []
     for name in method_names():
