@@ -10,7 +10,7 @@ SPEED ?= docs/results/speed
 BENCH ?=
 PAGE ?=
 
-.PHONY: quickstart test test-fast support bench zero3 check format clean
+.PHONY: quickstart test test-fast support bench zero3 llamacpp check format clean
 
 quickstart: $(VENV)/.demo  ## Install, then compare LoRA with LoRMA on real reviews
 	$(BIN)/lorma compare recipes/quickstart.yaml
@@ -38,6 +38,10 @@ zero3: $(VENV)/.dev  ## Train under DeepSpeed ZeRO-3 in two processes (compiles 
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps deepspeed hjson ninja py-cpuinfo msgpack einops
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(BIN)/python tests/environments/zero3.py
+
+llamacpp: $(VENV)/.dev  ## Build llama.cpp's Python package once (10 to 15 minutes), then try exported adapters in it
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(PIP) --editable ".[llamacpp]"
+	$(BIN)/python -m pytest tests/export/test_export_gguf.py
 
 check: $(VENV)/.dev  ## Lint, format and types
 	$(BIN)/ruff check .

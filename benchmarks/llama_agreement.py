@@ -1,0 +1,116 @@
+"""Whether llama.cpp with an exported adapter writes what transformers writes with the adapter itself.
+
+    lorma train gsm8k_smollm2 data.train=gsm8k/train.jsonl data.eval=gsm8k/test.jsonl train.max_steps=40 output=runs/gsm
+    make llamacpp
+    python benchmarks/llama_agreement.py runs/gsm --prompts gsm8k/test.jsonl -o docs/results/llama_agreement.json
+
+For a run on a GGUF base (SmolLM2): greedy continuations of 20 prompts, token by token, by transformers on the unpacked
+weights and by llama.cpp twice: on the packed file as it is, where its kernels round activations to 8 bits, and on the
+same weights unpacked to float32. ``changed`` counts continuations that differ from those of the base alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import torch
+from harness import parse, parser, write
+
+from lorma.export import Base, export_gguf
+from lorma.training.base_model import base_arguments, finished_adapter
+from lorma.training.inference import load_predictor
+
+
+def unpack(source: Path, target: Path) -> None:
+    """The same model with every tensor in float32."""
+    packed = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, packed.fields["general.architecture"].contents())
+    for name, field in packed.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+    for tensor in packed.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def by_llama_cpp(base: Path, adapter: Path | None, prompts: list[list[int]], tokens: int, end: int) -> list[list[int]]:
+    """Greedy continuations."""
+    lora = None if adapter is None else str(adapter)
+    model = llama_cpp.Llama(str(base), lora_path=lora, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+    found = []
+    for prompt in prompts:
+        model.reset()
+        new: list[int] = []
+        for token in model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0):
+            new.append(token)
+            if len(new) == tokens or token == end:
+                break
+        found.append(new)
+    return found
+
+
+def by_transformers(model: Any, prompts: list[list[int]], tokens: int, end: int) -> list[list[int]]:
+    """Greedy continuations."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+        found.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist())
+    return found
+
+
+def common(first: list[int], second: list[int]) -> int:
+    """Tokens until two continuations differ."""
+    return next((i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), len(first))
+
+
+def main() -> None:
+    made = parser(__doc__, rounds=1)
+    made.add_argument("run", type=Path, help="a finished run on a GGUF base")
+    made.add_argument("--prompts", type=Path, required=True, help="JSON lines with the columns of the training data")
+    made.add_argument("--count", type=int, default=20, help="prompts, from the middle of the file on")
+    made.add_argument("--tokens", type=int, default=24, help="longest continuation")
+    arguments = parse(made)
+    predictor = load_predictor(arguments.run)
+    model, tokenizer = predictor.model, predictor.tokenizer
+    end = tokenizer.eos_token_id
+    lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[len(lines) // 2 :][: arguments.count]]
+    encode = predictor.task.encode
+    prompts = [encode([row], predictor.meta, tokenizer)["input_ids"][0].tolist() for row in rows]
+    expected = by_transformers(model, prompts, arguments.tokens, end)
+    folder = finished_adapter(arguments.run)
+    base = Base(**base_arguments(folder))
+    packed = Path(base.path, str(base.gguf_file))
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        adapter, unpacked = Path(temporary, "adapter.gguf"), Path(temporary, "float32.gguf")
+        export_gguf(folder, adapter, base=base)
+        unpack(packed, unpacked)
+        for name, file in (("packed", packed), ("float32", unpacked)):
+            adapted = by_llama_cpp(file, adapter, prompts, arguments.tokens, end)
+            plain = by_llama_cpp(file, None, prompts, arguments.tokens, end)
+            results[name] = {
+                "agree": sum(a == e for a, e in zip(adapted, expected, strict=True)),
+                "of": len(prompts),
+                "same_tokens": [common(a, e) for a, e in zip(adapted, expected, strict=True)],
+                "changed": sum(a != p for a, p in zip(adapted, plain, strict=True)),
+            }
+            print(name, results[name])
+    write(arguments, {"base": packed.name, "tokens": arguments.tokens, "results": results})
+
+
+if __name__ == "__main__":
+    main()
