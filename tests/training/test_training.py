@@ -1,6 +1,7 @@
 """Training, predicting and evaluating through the command line, on tiny models and files written by hand."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -239,6 +240,33 @@ def test_mixed_precision_and_accumulation(recipe_file, tmp_path, cli, read_json)
     assert read_json(tmp_path / "run" / "summary.json")["steps"] == 3
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {str(t.dtype) for name, t in saved.items() if "lorma_" in name} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_accumulated_batches_are_one_batch(task, recipe_file, tiny_bert, tiny_llama, tmp_path, cli):
+    """Losses and gradients are means over all rows, also where several batches make one step."""
+    changes = {}
+    if task == "causal-lm":
+        (tmp_path / "text.jsonl").write_text('{"text": "the film was very good"}\n' * 40)
+        data = {"train": str(tmp_path / "text.jsonl"), "max_length": 16}
+        changes = {"task": task, "model": {"name": str(tiny_llama)}, "data": data}
+    else:
+        config = json.loads((tiny_bert / "config.json").read_text())
+        still = tmp_path / "still"
+        shutil.copytree(tiny_bert, still)
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        (still / "config.json").write_text(json.dumps(config | off))
+        changes = {"model": {"name": str(still)}}
+    found = []
+    for size, parts in ((8, 1), (2, 4)):
+        run = tmp_path / f"run-{parts}"
+        train = {"max_steps": 3, "batch_size": size, "gradient_accumulation_steps": parts, "learning_rate": 0.01}
+        done = cli("train", recipe_file(train=train, output=str(run), **changes))
+        assert done.code == 0, done.err
+        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found.append([(e["loss"], e["grad_norm"]) for e in entries if "loss" in e])
+    for one, several in zip(*found, strict=True):
+        assert several == pytest.approx(one, rel=1e-4)
 
 
 def test_a_diverging_run_fails_and_says_so(recipe_file, tmp_path, cli):

@@ -73,6 +73,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     trainer = MethodTrainer(
         method,
         recipe.train,
+        task,
         model=model,
         args=training_arguments(recipe, task, run),
         train_dataset=prepared.train,

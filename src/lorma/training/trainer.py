@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from lorma.tasks import CausalLM, Task
 from lorma.training.methods import Method
 from lorma.training.recipe import TrainSpec
 
@@ -16,9 +17,13 @@ from lorma.training.recipe import TrainSpec
 class MethodTrainer(Trainer):
     """Takes the optimizer, and the way back from a checkpoint, from the method where it has its own."""
 
-    def __init__(self, method: Method, spec: TrainSpec, **kwargs: Any) -> None:
+    def __init__(self, method: Method, spec: TrainSpec, task: Task, **kwargs: Any) -> None:
         self.method, self.spec = method, spec
         super().__init__(**kwargs)
+        if not isinstance(task, CausalLM):
+            # transformers leaves dividing by the number of accumulated batches to the model if its forward pass takes
+            # any keyword. Sequence classifiers do take them, and do not divide: gradient and loss would be sums.
+            self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.method.optimizer is not None and self.optimizer is None:

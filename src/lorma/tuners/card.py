@@ -52,11 +52,19 @@ def write_card(folder: Path, config: Any, training: str = "") -> None:
 
 
 def method_of(config: Any) -> str:
-    """``"LoRMA"``, ``"DoRMA"`` or ``"TLoRA"``; the name in PEFT of another method."""
-    if getattr(config, "use_dora", False):
-        return "DoRMA"
+    """``"LoRMA"``, ``"DoRMA"``, ``"TLoRA"``, ``"LoRA"`` or ``"DoRA"``; the name in PEFT of another method."""
     name = str(getattr(config.peft_type, "value", config.peft_type))
-    return {"LORMA": "LoRMA", "TLORA": "TLoRA"}.get(name, name)
+    if getattr(config, "use_dora", False):
+        name = {"LORMA": "DoRMA", "LORA": "DoRA"}.get(name, name)
+    return {"LORMA": "LoRMA", "TLORA": "TLoRA", "LORA": "LoRA"}.get(name, name)
+
+
+def rank_of(config: Any) -> str:
+    """The rank in words; empty for a method without one, or that gives layers ranks of their own (AdaLoRA)."""
+    patterns = getattr(config, "rank_pattern", None)
+    if hasattr(config, "target_r") or not getattr(config, "r", 0):
+        return ""
+    return f"{config.r}{' (others by layer)' if patterns else ''}"
 
 
 def equation_of(config: Any) -> str:
@@ -90,7 +98,7 @@ def adapter_text(config: Any) -> str:
     rows = {
         "base model": f"`{base}`",
         "adapted weight": equation_of(config) or method_of(config),
-        "rank": f"{config.r}{' (others by layer)' if config.rank_pattern else ''}",
+        "rank": rank_of(config),
         "layers": f"`{names}`" if names else "",
         "trained whole": ", ".join(f"`{name}`" for name in sorted(config.modules_to_save or ())),
     }
