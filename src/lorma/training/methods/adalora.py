@@ -1,8 +1,7 @@
 """AdaLoRA (arXiv 2303.10512): PEFT's tuner with what training it needs around it.
 
 The rank budget starts at 1.5·r a layer and falls to r by a cubic schedule; the first tenth of the steps keeps the
-starting budget and the last half the final one, about the shares of the paper's GLUE runs. Three things are not as PEFT
-does them:
+starting budget and the last half the final one. Three things are not as PEFT does them:
 
 * PEFT adds the penalty that keeps A and B orthogonal to the loss, in evaluation too. Losses would then say nothing
   beside those of other methods. Here the loss stays the task's, and the penalty's gradient is added just before the
