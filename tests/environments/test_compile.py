@@ -7,12 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
-from workers import MODES, adapted, build, config, gradients, outputs, tokens
+from workers import EVERY, MODES, adapted, build, config, gradients, outputs, tokens
 
 from lorma import hotswap_adapter, prepare_for_hotswap
 
-WHOLE = [(name, mode) for name in ("bert", "llama", "channels") for mode in MODES]
-WHOLE += [(name, mode) for name in ("gpt2", "mixtral") for mode in ("plus-pre", "plus-post", "permutation-post")]
+WHOLE = [(name, mode) for name in ("bert", "llama", "channels") for mode in EVERY]
+WHOLE += [
+    (name, mode) for name in ("gpt2", "mixtral") for mode in ("plus-pre", "plus-post", "permutation-post", "tlora")
+]
 never_again = torch._dynamo.config.patch(error_on_recompile=True)
 """Compiling a second time is an error."""
 inductor_warnings = pytest.mark.filterwarnings(
@@ -41,7 +43,7 @@ def test_a_whole_model_is_one_graph(name, mode):
     assert_close(step(model, tokens(), compiled), step(model, tokens()))
 
 
-@cases([("bert", "plus-pre"), ("gpt2", "plus-post"), ("channels", "permutation-pre")])
+@cases([("bert", "plus-pre"), ("gpt2", "plus-post"), ("channels", "permutation-pre"), ("llama", "tlora")])
 @never_again
 @torch.no_grad()
 def test_new_data_is_no_reason_to_compile_again(name, mode):
@@ -51,7 +53,7 @@ def test_new_data_is_no_reason_to_compile_again(name, mode):
         assert_close(outputs(compiled, tokens(seed=seed)), outputs(model, tokens(seed=seed)))
 
 
-@cases([("channels", "dora-post"), ("gpt2", "permutation-pre"), ("mixtral", "plus-post")])
+@cases([("channels", "dora-post"), ("gpt2", "permutation-pre"), ("mixtral", "plus-post"), ("mixtral", "tlora")])
 def test_dynamo_explains_no_graph_break(name, mode):
     explained = torch._dynamo.explain(adapted(name, mode))(input_ids=tokens())
     assert (explained.graph_count, explained.graph_break_count, explained.break_reasons) == (1, 0, [])
@@ -59,28 +61,29 @@ def test_dynamo_explains_no_graph_break(name, mode):
 
 @pytest.mark.slow
 @inductor_warnings
-@cases([("bert", "permutation-pre")])
+@cases([("bert", "permutation-pre"), ("bert", "tlora")])
 def test_inductor(name, mode):
     model = adapted(name, mode)
     compiled = torch.compile(model, fullgraph=True)
     assert_close(step(model, tokens(), compiled), step(model, tokens()))
 
 
-@pytest.mark.parametrize("side", ["pre", "post"])
+@pytest.mark.parametrize("mode", ["plus-pre", "plus-post", "tlora"])
 @never_again
-def test_a_layer_compiled_alone_is_compiled_once(side):
+def test_a_layer_compiled_alone_is_compiled_once(mode):
     """Regional compilation: the layer's input is the graph's input, another tensor at each call."""
-    layer = adapted("llama", f"plus-{side}").base_model.model.model.layers[0].self_attn.q_proj
+    layer = adapted("llama", mode).base_model.model.model.layers[0].self_attn.q_proj
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     for _ in range(3):
         x = torch.randn(2, 32)
         assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("modes", [("plus-pre", "permutation-post"), ("tlora", "tlora")])
 @never_again
-def test_several_adapters_with_dropout_in_training():
-    model = adapted("bert", "plus-pre", lorma_dropout=0.5)
-    model.add_adapter("second", config("bert", "permutation-post", lorma_dropout=0.3, init_weights=False))
+def test_several_adapters_with_dropout_in_training(modes):
+    model = adapted("bert", modes[0], dropout=0.5)
+    model.add_adapter("second", config("bert", modes[1], dropout=0.3, init_weights=False))
     model.base_model.set_adapter(["default", "second"])
     model.train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -249,7 +252,7 @@ def test_preparing_after_a_part_was_compiled():
 # Exporting
 
 
-@cases([("bert", "dora-pre"), ("llama", "permutation-post"), ("channels", "plus-post")])
+@cases([("bert", "dora-pre"), ("llama", "permutation-post"), ("channels", "plus-post"), ("bert", "tlora")])
 @torch.no_grad()
 def test_a_merged_model_exports(name, mode):
     model = adapted(name, mode)

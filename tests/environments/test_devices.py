@@ -3,16 +3,15 @@
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from helpers import is_factor
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
-from workers import MODES, adapted, build, config, gradients, outputs, tokens
+from workers import EVERY, adapted, build, config, gradients, outputs, tokens
 
-from lorma.tuners.lorma import LormaLayer
-
-NOT_DORA = [mode for mode in MODES if not mode.startswith("dora")]
-EVERY_KIND = [(name, mode) for name in ("llama", "channels") for mode in MODES]
+NOT_DORA = [mode for mode in EVERY if not mode.startswith("dora")]
+EVERY_KIND = [(name, mode) for name in ("llama", "channels") for mode in EVERY]
 EVERY_KIND += [(name, mode) for name in ("gpt2", "mixtral") for mode in NOT_DORA]
 
 
@@ -42,12 +41,12 @@ def test_low_cpu_mem_usage(name, mode, tmp_path):
         assert loaded[key].dtype == parameter.dtype
 
 
-@cases([("llama", mode) for mode in MODES] + [("channels", "plus-pre"), ("mixtral", "plus-pre"), ("gpt2", "plus-pre")])
+@cases([("llama", mode) for mode in EVERY] + [("channels", "plus-pre"), ("mixtral", "plus-pre"), ("gpt2", "plus-pre")])
 @torch.no_grad()
 def test_factors_without_memory_are_no_adapter(name, mode):
     """Made for loading and not loaded: an error, not numbers out of memory that nobody has written."""
     model = get_peft_model(build(name), config(name, mode), low_cpu_mem_usage=True).eval()
-    assert all(parameter.is_meta for key, parameter in model.named_parameters() if ".lorma_" in key)
+    assert all(parameter.is_meta for key, parameter in model.named_parameters() if is_factor(key))
     with pytest.raises((RuntimeError, ValueError), match="meta"):
         outputs(model)
 
@@ -62,9 +61,13 @@ def test_a_whole_model_without_memory(name, mode):
     assert model.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()
     described = {key: (p.shape, p.dtype, p.requires_grad) for key, p in model.named_parameters()}
     assert described == {key: (p.shape, p.dtype, p.requires_grad) for key, p in real.named_parameters()}
-    layers = [layer for layer in model.modules() if isinstance(layer, LormaLayer)]
-    per_layer = [sum(t.numel() for t in (layer.lorma_A["default"], layer.lorma_B["default"])) for layer in layers]
-    assert per_layer == [2 * 2 * layer._width(layer.side["default"], layer.fused.get("default")) for layer in layers]
+    layers = model.base_model._layers()
+    if mode == "tlora":
+        assert model.get_nb_trainable_parameters()[0] == (2 * 2 + 1) * len(layers) > 0
+    else:
+        per_layer = [layer.lorma_A["default"].numel() + layer.lorma_B["default"].numel() for layer in layers]
+        widths = [layer._width(layer.side["default"], layer.fused.get("default")) for layer in layers]
+        assert per_layer == [2 * 2 * width for width in widths]
     if name in ("llama", "channels"):  # the others' own forward asks for values
         assert outputs(model, tokens().to("meta")).is_meta
 
@@ -89,7 +92,7 @@ SPREAD = {
         "lm_head": "disk",
     },
 }
-SPREAD_CASES = [(name, mode) for name in SPREAD for mode in MODES]
+SPREAD_CASES = [(name, mode) for name in SPREAD for mode in EVERY]
 
 
 def check_merging(model, expected):
@@ -126,7 +129,7 @@ def test_offloaded(name, mode, where, tmp_path):
     check_merging(model, expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EVERY)
 @torch.no_grad()
 def test_merging_while_offloaded(mode, tmp_path):
     """PEFT brings each layer back for merging; this much does not depend on the forward pass."""
@@ -137,7 +140,7 @@ def test_merging_while_offloaded(mode, tmp_path):
     assert_close(outputs(model), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EVERY)
 @pytest.mark.parametrize("name", SPREAD)
 @torch.no_grad()
 def test_an_adapter_for_an_offloaded_model(name, mode):
@@ -146,7 +149,7 @@ def test_an_adapter_for_an_offloaded_model(name, mode):
     base = build(name)
     cpu_offload(base, execution_device=torch.device("cpu"))
     model = adapted(name, mode, base=base)
-    assert not any(parameter.is_meta for key, parameter in model.named_parameters() if ".lorma_" in key)
+    assert not any(parameter.is_meta for key, parameter in model.named_parameters() if is_factor(key))
     assert_close(outputs(model), expected)
 
 
@@ -202,7 +205,7 @@ def test_nothing_reads_the_base_weight(name, mode, tmp_path):
     """Not at the start, in a forward pass, or in saving and loading. Backward: only the base layer's own."""
     base = build(name)
     with Watch(base) as watch:
-        model = get_peft_model(base, config(name, mode, lorma_dropout=0.1)).train()
+        model = get_peft_model(base, config(name, mode, dropout=0.1)).train()
         loss = outputs(model).square().mean()
         model.save_pretrained(tmp_path)
         model.load_adapter(tmp_path, adapter_name="second")

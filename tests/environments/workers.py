@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import randomise
+from helpers import is_factor, randomise
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -26,7 +26,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lorma import LormaConfig
+from lorma import LormaConfig, TLoraConfig
 
 VOCABULARY = 40
 WIDTH = 32
@@ -98,7 +98,8 @@ MODES = {
     "dora-pre": {"inflation": "plus", "side": "pre", "use_dora": True},
     "dora-post": {"inflation": "plus", "side": "post", "use_dora": True},
 }
-"""Inflation and side, and DoRMA; by name, so that tests can be read."""
+"""LoRMA: inflation and side, and DoRMA; by name, so that tests can be read."""
+EVERY = [*MODES, "tlora"]
 
 
 def build(name, layers=1):
@@ -107,8 +108,12 @@ def build(name, layers=1):
     return MODELS[name](layers).eval()
 
 
-def config(name, mode, **changes):
-    return LormaConfig(**{"r": 2, "lorma_alpha": 3, **TARGETS[name], **MODES[mode], **changes})
+def config(name, mode, dropout=0.0, **changes):
+    if mode == "tlora":  # which takes a fused projection whole, like any linear layer
+        targets = {key: value for key, value in TARGETS[name].items() if key != "fused_projections"}
+        return TLoraConfig(**{"r": 2, "tlora_dropout": dropout, **targets, **changes})
+    options = {"r": 2, "lorma_alpha": 3, "lorma_dropout": dropout}
+    return LormaConfig(**{**options, **TARGETS[name], **MODES[mode], **changes})
 
 
 def adapted(name, mode, base=None, std=0.1, seed=1, low_memory=False, autocast=True, **changes):
@@ -162,7 +167,7 @@ def train(model, ids, average=float, steps=5):
 
 
 def factors(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if ".lorma_" in name}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if is_factor(name)}
 
 
 class Rank:
@@ -178,8 +183,9 @@ class Rank:
 
     def ddp(self, name, mode):
         model = adapted(name, mode, base=build(name, layers=2))
-        losses = train(DistributedDataParallel(model), self.ids, self.average)
-        return losses, factors(model)
+        wrapped = DistributedDataParallel(model)
+        losses = train(wrapped, self.ids, self.average)
+        return losses, factors(model), [key for key in wrapped.named_module_buffers if is_factor(key)]
 
     def fsdp(self, name, mode, folder=None, dtype=torch.float32, finest=False, checkpointing=False, **changes):
         """Train a sharded model; save the adapter as PEFT does and the trained part as a distributed checkpoint."""

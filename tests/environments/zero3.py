@@ -3,10 +3,9 @@
 Not part of the test suite: DeepSpeed compiles its communication on first use. ``make zero3`` installs it and runs this:
 
     python tests/environments/zero3.py            # all variants
-    python -m torch.distributed.run --nproc_per_node 2 tests/environments/zero3.py --train DIR CONFIG.json
+    python -m torch.distributed.run --nproc_per_node 2 tests/environments/zero3.py --train DIR VARIANT
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from lorma import LormaConfig
+from lorma import LormaConfig, TLoraConfig
 
 STEPS = 5
 TINY = {"vocab_size": 96}
@@ -38,6 +37,7 @@ VARIANTS = {
     "plus-post": ("llama", {**ATTENTION, "side": "post"}),
     "permutation": ("llama", {**ATTENTION, "inflation": "permutation"}),
     "dorma": ("llama", {**ATTENTION, "use_dora": True}),
+    "tlora": ("llama", ATTENTION),
     "fused": (
         "gpt2",
         {"target_modules": ["c_attn"], "fused_projections": {"c_attn": {"splits": [64, 64, 64], "adapt": [0, 2]}}},
@@ -55,15 +55,16 @@ def batch():
     return torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(1))
 
 
-def adapted(folder, options):
+def adapted(folder, name):
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     torch.manual_seed(1)
-    return get_peft_model(model, LormaConfig(r=4, task_type="CAUSAL_LM", **options))
+    config = TLoraConfig if name == "tlora" else LormaConfig
+    return get_peft_model(model, config(r=4, task_type="CAUSAL_LM", **VARIANTS[name][1]))
 
 
-def train_alone(folder, options):
+def train_alone(folder, name):
     """The same training in one process without DeepSpeed, on the batches of both ranks."""
-    model = adapted(folder, options).train()
+    model = adapted(folder, name).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(STEPS):
@@ -75,7 +76,7 @@ def train_alone(folder, options):
     return losses
 
 
-def train_partitioned(folder, options):
+def train_partitioned(folder, name):
     """Runs in each of two processes."""
     import deepspeed
     import torch.distributed as dist
@@ -84,7 +85,7 @@ def train_partitioned(folder, options):
     deepspeed.init_distributed(dist_backend="gloo")
     rank = dist.get_rank()
     alive = HfDeepSpeedConfig(ZERO3)
-    model = adapted(folder, options)
+    model = adapted(folder, name)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert alive is not None
     assert all(p.numel() == 0 for p in frozen), "the base is not partitioned"
@@ -111,20 +112,19 @@ def train_partitioned(folder, options):
 
 
 def main():
-    for name, (architecture, options) in VARIANTS.items():
+    for name, (architecture, _) in VARIANTS.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]).save_pretrained(folder / "base")
-            (folder / "config.json").write_text(json.dumps(options))
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, "--train"]
-            subprocess.run([*launch, str(folder), str(folder / "config.json")], check=True, capture_output=True)
+            subprocess.run([*launch, str(folder), name], check=True, capture_output=True)
             result = load_file(folder / "result")
             losses = result["losses"].tolist()
             base = AutoModelForCausalLM.from_pretrained(folder / "base")
             with torch.no_grad():
                 logits = PeftModel.from_pretrained(base, folder / "adapter").eval()(input_ids=batch()).logits
-            loss_error = max(abs(a - b) for a, b in zip(losses, train_alone(folder, options), strict=True))
+            loss_error = max(abs(a - b) for a, b in zip(losses, train_alone(folder, name), strict=True))
             logit_error = (logits - result["logits"]).abs().max().item()
             falls = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
             print(f"{name}: loss {falls}, to one process {loss_error:.1e}, reloaded {logit_error:.1e}", flush=True)
@@ -135,6 +135,6 @@ def main():
 
 if __name__ == "__main__":
     if "--train" in sys.argv:
-        train_partitioned(Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))
+        train_partitioned(Path(sys.argv[2]), sys.argv[3])
     else:
         main()

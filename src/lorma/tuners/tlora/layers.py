@@ -97,7 +97,8 @@ class ConvNd(Updated):
     def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
         kernel = A.mT.reshape(A.shape[1], -1, *base.kernel_size)
-        narrow = base._conv_forward(self._cast_input_dtype(x, A.dtype), torch.cat([kernel] * base.groups), None)
+        kernel = kernel.repeat(base.groups, *(1,) * (kernel.ndim - 1))
+        narrow = base._conv_forward(self._cast_input_dtype(x, A.dtype), kernel, None)
         wide = ((scale * B) @ C).mT.reshape(C.shape[1], -1, *(1,) * len(base.kernel_size))
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
         return convolve(narrow, wide, groups=base.groups)
