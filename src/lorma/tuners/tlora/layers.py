@@ -63,8 +63,10 @@ class Embedding(Updated):
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
         update = (F.embedding(x, A) @ (scale * B)) @ C
-        # Gemma's embeddings multiply what they look up.
-        factor = getattr(self.get_base_layer(), "embed_scale", None)
+        base: Any = self.get_base_layer()
+        factor = getattr(base, "embed_scale", None)  # Gemma multiplies what it looks up, rounded to the weight's dtype
+        if isinstance(factor, Tensor):
+            factor = factor.to(base.weight.dtype)
         return update if factor is None else update * factor
 
     def _stored(self, matrix: Tensor, weight: Tensor) -> Tensor:
