@@ -1,6 +1,7 @@
 """Whether llama.cpp with an exported adapter writes what transformers writes with the adapter itself.
 
-    lorma train gsm8k_smollm2 data.train=gsm8k/train.jsonl data.eval=gsm8k/test.jsonl train.max_steps=40 output=runs/gsm
+    lorma train gsm8k_smollm2 data.train=gsm8k/train.jsonl data.eval=gsm8k/test.jsonl data.max_eval_rows=4 \\
+        data.max_length=160 train.max_steps=40 output=runs/gsm
     make llamacpp
     python benchmarks/llama_agreement.py runs/gsm --prompts gsm8k/test.jsonl -o docs/results/llama_agreement.json
 
