@@ -35,6 +35,22 @@ Layers in bfloat16, float16 and under autocast may be 3e-2 away.
 | Kind | What was built | Distance allowed |
 |---|---|---|
 """
+TLORA = """\
+## TLoRA
+
+These tables are LoRMA's. `tests/support/test_tlora.py` runs the same features on the same kinds of layers with TLoRA,
+held against its own plain definition, except for what is LoRMA's alone: DoRA, fused projections (a fused layer is taken
+whole, as any linear layer), hot-swapping, and joining adapters (`add_weighted_adapter`). All of it works but for what
+is refused:
+
+- **Dropout and mixed batches on stacked experts, bare parameters and `nn.MultiheadAttention`**, as with LoRMA.
+- **Merging into a quantised base without saying how, and undoing that by subtraction**, as with LoRMA; **rounding back
+  into a torchao weight** of which the model does not say how it was quantised.
+
+`undo="inverse"` subtracts the update and is never badly conditioned. Updates are added, so active adapters may come in
+any order, and a merge of some of them is never refused for it. With groups, experts or an attention one update runs
+through all of them, so that these layers give no LoRA form.
+"""
 NEVER = """\
 ## What never works, and why
 
@@ -149,7 +165,8 @@ def render(outcomes: Outcomes) -> str:
             text.append(row(EVERY if len(kinds) == len(KINDS) else BETWEEN.join(kinds), *columns))
     reasons = NOTES | LIMITS | {name: sentence for name, (_, sentence) in REFUSALS.items()}
     used = {outcome.partition(": ")[2] for outcome in outcomes.values()}
-    text += ["\n", NEVER, "\n", *(f"[^{name}]: {reason}\n" for name, reason in reasons.items() if name in used)]
+    text.append(f"\n{TLORA}\n{NEVER}\n")
+    text += [f"[^{name}]: {reason}\n" for name, reason in reasons.items() if name in used]
     return "".join(text)
 
 
