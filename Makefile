@@ -10,7 +10,7 @@ SPEED ?= docs/results/speed
 BENCH ?=
 PAGE ?=
 
-.PHONY: quickstart test test-fast support bench zero3 llamacpp check format clean
+.PHONY: quickstart test test-fast support bench fuzz zero3 llamacpp check format clean
 
 quickstart: $(VENV)/.demo  ## Install, then compare LoRA with LoRMA on real reviews
 	$(BIN)/lorma compare recipes/quickstart.yaml
@@ -33,6 +33,9 @@ bench: $(VENV)/.dev  ## Measure speed and memory (about half an hour on two quie
 	$(BIN)/python benchmarks/adapters.py -o $(SPEED)/adapters.json $(BENCH)
 	$(BIN)/python benchmarks/scaling.py -o $(SPEED)/scaling.json $(BENCH)
 	$(BIN)/python benchmarks/page.py --results $(SPEED) $(PAGE)
+
+fuzz: $(VENV)/.dev  ## Spoil an adapter folder 10,000 times; each must be loaded or refused in one line (ten minutes)
+	$(BIN)/python tests/export/fuzz.py 10000
 
 zero3: $(VENV)/.dev  ## Train under DeepSpeed ZeRO-3 in two processes (compiles its communication on first use)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps deepspeed hjson ninja py-cpuinfo msgpack einops

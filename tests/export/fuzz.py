@@ -325,6 +325,7 @@ class Fuzz:
         start = time.monotonic()
         for fault in self._try(folder, number):
             self.faults.append(f"{number}: {label}: {fault}")
+            print(self.faults[-1], flush=True)
         seconds = time.monotonic() - start
         self.slowest = max(self.slowest, seconds)
         if seconds > SECONDS:
@@ -424,8 +425,6 @@ def main() -> None:
         start = time.monotonic()
         bound_memory()
         fuzz, rise = run(asked.count, asked.seed, base, Path(name))
-    for fault in fuzz.faults:
-        print(fault)
     print(
         f"{asked.count} folders in {time.monotonic() - start:.0f} s: {dict(fuzz.counts)}; {len(fuzz.faults)} faults; "
         f"slowest {fuzz.slowest:.1f} s; peak memory rose by {rise >> 20} MiB"

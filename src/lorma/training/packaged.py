@@ -81,8 +81,8 @@ def find_model(name: str, gguf_file: str | None = None, revision: str | None = N
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return Source(name, gguf_file, revision, name)
     raise InputError(
-        f"model.name={one_line(repr(name))} is neither an alias ({', '.join(ALIASES)}), a local directory nor a hub name "
-        f"(organisation/model){did_you_mean(name, ALIASES)}"
+        f"model.name={one_line(repr(name))} is neither an alias ({', '.join(ALIASES)}), a local directory nor a hub "
+        f"name (organisation/model){did_you_mean(name, ALIASES)}"
     )
 
 
