@@ -19,13 +19,13 @@ TINY = LormaConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
 ALONE = """
 import sys
 sys.modules["lorma"] = None
-import json, torch, transformers
+import copy, json, torch, transformers
 from peft import PeftModel
-answers = []
+answers, bases = [], {}
 for base, auto, adapter, inputs, kwargs in json.loads(sys.argv[1]):
-    torch.manual_seed(0)
-    model = getattr(transformers, auto).from_pretrained(base, **kwargs)
-    model = PeftModel.from_pretrained(model, adapter).eval()
+    if base not in bases:
+        bases[base] = getattr(transformers, auto).from_pretrained(base, **kwargs)
+    model = PeftModel.from_pretrained(copy.deepcopy(bases[base]), adapter).eval()
     with torch.no_grad():
         answers.append(model(input_ids=torch.tensor(inputs)).logits.tolist())
 print(json.dumps(answers))
