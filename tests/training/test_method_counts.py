@@ -2,44 +2,13 @@
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GemmaConfig,
-    LlamaConfig,
-    RobertaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lorma.training.methods import get_method
 from lorma.training.models import attach, count_parameters
 from lorma.training.recipe import AdapterSpec
+from paper_models import GEMMA_2B, LLAMA_3_8B, ROBERTA_BASE, ROBERTA_LARGE
 
-ROBERTA_BASE = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-ROBERTA_LARGE = RobertaConfig(
-    vocab_size=50265,
-    max_position_embeddings=514,
-    type_vocab_size=1,
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-)
-GEMMA_2B = GemmaConfig(
-    hidden_size=2048,
-    num_hidden_layers=18,
-    num_attention_heads=8,
-    num_key_value_heads=1,
-    head_dim=256,
-    intermediate_size=16384,
-)
-LLAMA_3_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    intermediate_size=14336,
-)
 QV = ["query", "value"]
 UDOG = ["up_proj", "down_proj", "o_proj", "gate_proj"]
 QKVUDOG = ["q_proj", "k_proj", "v_proj", *UDOG]
