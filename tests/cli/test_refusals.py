@@ -182,7 +182,10 @@ def test_click_errors_keep_their_exit_code(cli):
     assert cli("compare", "quickstart", "--seeds", "a,b").code == 2
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["predict"], ["evaluate"], ["report"], ["methods"]])
+COMMANDS = "train compare predict evaluate report methods export merge compose doctor".split()
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_explains_itself(command, cli):
     shown = cli(*command, "--help")
     assert shown.code == 0

@@ -112,8 +112,9 @@ def _check_meta(meta: dict[str, Any]) -> None:
         if not isinstance(meta.get(key), (str, type(None))):
             raise TypeError(f"{key} must be a string or null")
     labels, length = meta["labels"], meta["max_length"]
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise TypeError("labels must be a list of strings or null")
+    named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not named and (labels is not None or meta["task"] == "classification"):
+        raise TypeError("labels must be a list of strings")
     if labels is not None and not 1 < len(labels) <= MAX_LABELS:
         raise ValueError(f"labels has {len(labels):,} entries; allowed: 2 to {MAX_LABELS:,}")
     if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= MAX_TOKENS:

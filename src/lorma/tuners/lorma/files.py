@@ -42,8 +42,9 @@ def layers_of(adapter: AdapterFile) -> Iterator[LayerFile]:
     alphas, fused = compiled(config.alpha_pattern), compiled(config.fused_projections)
     for path in adapter.modules("lorma_A"):
         name = path.removeprefix(PREFIX)
-        if f"{path}.lorma_B" not in adapter.tensors:
-            raise ValueError(f"{adapter.folder} lacks {path}.lorma_B")
+        for factor in ("lorma_A", "lorma_B"):
+            if f"{path}.{factor}" not in adapter.tensors:
+                raise ValueError(f"{adapter.folder} lacks {path}.{factor}")
         A, B = adapter.read(f"{path}.lorma_A"), adapter.read(f"{path}.lorma_B")
         if A.ndim != 2 or B.shape != A.shape[::-1]:
             raise ValueError(f"{path}: lorma_A {tuple(A.shape)} and lorma_B {tuple(B.shape)} must be r × n and n × r")
