@@ -194,6 +194,16 @@ def test_layers_that_peft_has_no_lora_for(config, reason, exported_case, tmp_pat
         export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder))
 
 
+def test_a_model_with_an_adapter_of_its_own(bases):
+    _, model, batch = bases["llama"]
+    adapted = copy.deepcopy(model)
+    adapted.add_adapter(LormaConfig(r=2, target_modules=["v_proj"], init_weights=False))
+    stated, state = export_lora_state_dict(adapted.eval())
+    lora = get_peft_model(copy.deepcopy(model), stated)
+    set_peft_model_state_dict(lora, state)
+    assert_same(logits(lora.eval(), batch), logits(adapted, batch), logits(model, batch))
+
+
 def test_several_adapters_composed_are_one_lora(bases):
     _, model, batch = bases["llama"]
     adapted = filled(model, LormaConfig(r=2, target_modules=["v_proj"]))
