@@ -132,6 +132,15 @@ def test_broken_adapters(damage, message, run, cli):
         assert len(refused.err.strip().splitlines()) == 1
 
 
+def test_a_head_stored_in_another_precision_is_read(run, cli):
+    path = run / "adapter" / "adapter_model.safetensors"
+    expected = cli("predict", run, "--text", "the film was great").out.split("\t")
+    save_file({n: t.bfloat16() if "classifier" in n else t for n, t in load_file(path).items()}, path)
+    found = cli("predict", run, "--text", "the film was great")
+    assert found.code == 0, found.err
+    assert float(found.out.split("\t")[1]) == pytest.approx(float(expected[1]), abs=0.01)
+
+
 @pytest.mark.parametrize("method", ["lora", "lorma-plus"])
 def test_weights_of_another_method(method, recipe_file, tmp_path, cli):
     other = "lora" if method == "lorma-plus" else "lorma-plus"

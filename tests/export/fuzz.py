@@ -280,7 +280,7 @@ def fault_of(result: tuple[int, str, str], allowed: tuple[int, ...]) -> str | No
     lines = err.strip().splitlines()
     if code not in allowed:
         return f"exit code {code}: {err[-300:]}"
-    if len(lines) > 1 or "Traceback" in err or (code == 2) != bool(lines):
+    if len(lines) > 1 or "Traceback" in err or bool(lines) > (code > 0) or (code == 2 and not lines):
         return f"exit code {code} with {len(lines)} lines of errors: {err[:300]}"
     return None
 

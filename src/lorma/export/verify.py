@@ -42,7 +42,7 @@ def check_same(expected: Tensor | None, inputs: Inputs, model_class: Any, folder
     """Relative difference of what the model in ``folder`` answers; None if there is nothing to compare.
 
     Raises:
-        ValueError: it is more than rounding explains.
+        ValueError: it is more than rounding explains, or the adapted model's answer is not finite.
     """
     if expected is None:
         return None
@@ -50,6 +50,8 @@ def check_same(expected: Tensor | None, inputs: Inputs, model_class: Any, folder
         warnings.simplefilter("ignore")
         model = model_class.from_pretrained(folder, dtype="auto", use_safetensors=True)
     found = _outputs(model, inputs)
+    if not torch.isfinite(expected).all():
+        raise ValueError("the adapted model answers with NaN or infinity; the adapter seems to be broken")
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
     allowed = TOLERANCE.get(model.dtype, COARSE)
     if not difference <= allowed:

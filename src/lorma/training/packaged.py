@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +72,12 @@ def find_model(name: str, gguf_file: str | None = None, revision: str | None = N
         if folder is not None:
             return Source(str(folder), alias.gguf_file, None, alias.hub if alias.same_weights else alias_name)
         return Source(alias.hub, None, revision, alias.hub)
-    if _is_folder(name):
+    if _is(Path.is_dir, name):
         path = str(Path(name).expanduser().resolve())
         if gguf_file and (Path(gguf_file).is_absolute() or ".." in Path(gguf_file).parts):
             raise InputError(f"model.gguf_file={gguf_file!r} must name a file inside the model's folder")
-        if gguf_file and not (Path(path) / gguf_file).is_file():
-            raise InputError(f"model.gguf_file={gguf_file!r}: there is no such file in {path}")
+        if gguf_file and not _is(Path.is_file, f"{path}/{gguf_file}"):
+            raise InputError(f"model.gguf_file={one_line(repr(gguf_file))}: there is no such file in {path}")
         return Source(path, gguf_file, None, path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return Source(name, gguf_file, revision, name)
@@ -113,9 +114,9 @@ def find_recipe(path: str | Path) -> Path:
     )
 
 
-def _is_folder(name: str) -> bool:
+def _is(kind: Callable[[Path], bool], name: str) -> bool:
     try:
-        return Path(name).expanduser().is_dir()
+        return kind(Path(name).expanduser())
     except (OSError, ValueError, RuntimeError):  # too long for a path, a zero byte, an unknown user
         return False
 
