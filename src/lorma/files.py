@@ -28,11 +28,15 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
 
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Let ``fill`` write a folder under a temporary name, then put it in the place of ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    path = path.absolute()
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         fill(temporary)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)

@@ -47,6 +47,7 @@ def compose(
 
     check_output(output, overwrite)
     one, two = finished_adapter(first), finished_adapter(second)
+    check_output(output, overwrite, one, two)
     model = Base(**base_arguments(one, base)) if base is not None else None
     written = write(one, two, output, base=model, heads_from=heads_from)  # type: ignore[arg-type]
     ranks = sorted({written.tensors[f"{module}.lorma_A"].shape[0] for module in written.modules("lorma_A")})

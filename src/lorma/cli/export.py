@@ -53,7 +53,7 @@ def export(
     from lorma.export import Base, Truncation, check_output, export_gguf, export_lora
     from lorma.training.base_model import base_arguments, finished_adapter
 
-    check_output(output, overwrite)
+    check_output(output, overwrite, file=format == "gguf")
     truncation = None
     if truncate_rank is not None or truncate_energy is not None:
         truncation = Truncation(truncate_rank, truncate_energy)

@@ -41,6 +41,7 @@ def merge(
     check_output(output, overwrite)
     folder = finished_adapter(adapter)
     model = Base(**base_arguments(folder, base, trust_remote_code=trust_remote_code))
+    check_output(output, overwrite, folder, model.path)
     done = write(folder, output, model, verify=verify)
     typer.echo(
         f"{done.tensors} weights, {done.changed} of them changed, {done.bytes / 1e6:,.0f} MB in {done.shards} file(s): "

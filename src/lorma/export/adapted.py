@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
@@ -117,7 +118,9 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
                 f"{folder} does not fit the base model: {plain_name(key)} is {tuple(value.shape)} in the adapter and "
                 f"{tuple(place.shape)} in the model"
             )
-    adapted = Adapted(config, peft_model.eval(), weights, others, state, names)
+    adapted = Adapted(
+        config, peft_model.eval(), weights, _without_copies(peft_model, weights, others, names), state, names
+    )
     for path, layer in adapted.layers():
         if any(
             getattr(layer, kind)[NAME].is_meta for kind in layer.adapter_layer_names if NAME in getattr(layer, kind)
@@ -127,6 +130,25 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
         return adapted
     # transformers renames and joins some checkpoints' weights while it loads them.
     return replace(adapted, weights=LoadedWeights(base, type(model)))
+
+
+def _without_copies(
+    model: Any, weights: BaseWeights, others: dict[str, Tensor], names: dict[int, str]
+) -> dict[str, Tensor]:
+    """What an adapter brings besides, less copies of base weights that PEFT saves with adapted embeddings and heads.
+
+    Raises:
+        InputError: such a copy is not the base model's weight, so the adapter was trained on another one.
+    """
+    own = {names[id(getattr(layer.get_base_layer(), layer.weight_name))] for _, layer in adapted_layers(model, NAME)}
+    copies = {key: plain_name(key) for key in others if plain_name(key) in own}
+    for key, name in copies.items():
+        if name in weights and not torch.equal(weights.read(name).float(), others[key].float()):
+            raise InputError(
+                f"the adapter holds a base weight {name} of its own, and it is not the base model's; name the base "
+                "model that it was trained on (--base)"
+            )
+    return {key: value for key, value in others.items() if key not in copies}
 
 
 def plain_name(key: str) -> str:

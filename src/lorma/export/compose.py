@@ -23,7 +23,7 @@ from lorma.files import META_FILE, write_folder
 from lorma.functional.multiplier import Side
 from lorma.tuners.adapter_file import PREFIX, WEIGHTS_NAME, AdapterFile, part_of, read_adapter
 from lorma.tuners.lorma import LormaConfig, LormaLayer
-from lorma.tuners.lorma.files import LayerFile, config_name, layers_of, parts_of, split_factors
+from lorma.tuners.lorma.files import LayerFile, config_name, layers_of, parts_of, scaling_of, split_factors
 from lorma.tuners.lorma.weighted import layerwise_config, product
 
 HeadsFrom = Literal["first", "second"]
@@ -38,6 +38,8 @@ class Place:
     pattern_name: str
 
 
+BIASES = ("none", "lorma_only", "all")
+"""From the fewest to the most biases that are trained."""
 Places = dict[str, tuple[Place, Place]]
 """For each layer what the first and the second adapter make of it."""
 
@@ -147,8 +149,16 @@ def _products(one: AdapterFile, two: AdapterFile, places: Places | None) -> tupl
         A = torch.zeros(rank, present[0].A.shape[1], dtype=dtype)
         B = torch.zeros(A.shape[::-1], dtype=dtype)
         parts = [parts_of(layer, place.side, place.blocks) for layer in present]
+        scalings = [layer.scaling for layer in present]
+        if places is not None:  # which knows the names that patterns go by
+            both = zip((one, two), places[name], (first, second), strict=True)
+            scalings = [
+                scaling_of(adapter.config, known.pattern_name, len(layers[name].A))  # type: ignore[arg-type]
+                for adapter, known, layers in both
+                if name in layers
+            ]
         for index, (a, b) in enumerate(split_factors(A, B, present[0].fused, place.side, place.blocks)):
-            factors = [(*part[index], layer.scaling) for part, layer in zip(parts, present, strict=True)]
+            factors = [(*part[index], s) for part, s in zip(parts, scalings, strict=True)]
             wide = [(x.double(), y.double(), s) for x, y, s in factors]
             new_a, new_b = product(wide, place.side)
             a.copy_(new_a)
@@ -225,6 +235,7 @@ def _config(
         side=side,
         modules_to_save=heads or None,
         lorma_dropout=0.0,
+        bias=max((a.bias, b.bias), key=BIASES.index),
         base_model_name_or_path=a.base_model_name_or_path or b.base_model_name_or_path,
     )
     return config

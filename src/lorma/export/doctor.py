@@ -127,6 +127,8 @@ def _condition(config: Any, layer: LayerFile) -> float | None:
         parts = parts_of(layer, side)
     except ValueError:  # side="auto" and slices of different widths: what was chosen is not in the file
         return None
+    if config.target_parameters and config.alpha_pattern:  # patterns know experts by names that the file does not say
+        return None
     if config.inflation != "plus" and max(A.shape[-1] for A, _ in parts) > WIDEST:
         return None
     numbers = [functional.condition_number(A.double(), B.double(), layer.scaling, config.inflation) for A, B in parts]

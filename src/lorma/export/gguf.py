@@ -67,10 +67,14 @@ def export_gguf(
     check_dtype(dtype)
     if output.suffix != ".gguf":
         raise InputError(f"output={str(output)!r} must end in .gguf")
-    check_output(output, overwrite)
+    check_output(output, overwrite, file=True)
     _import_gguf()
     folder = adapter_folder(adapter)
-    adapted = open_adapter(folder, base or base_of(folder))
+    base = base or base_of(folder)
+    check_output(
+        output, overwrite, folder, base.path, *([Path(base.path, base.gguf_file)] if base.gguf_file else []), file=True
+    )
+    adapted = open_adapter(folder, base)
     architecture = _architecture(adapted)
     _check_others(adapted)
     forms = forms_of(adapted, truncation, DTYPES["float32"])

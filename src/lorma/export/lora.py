@@ -28,6 +28,7 @@ from lorma.export.forms import LoraForm, lora_form
 from lorma.export.truncation import Truncation
 from lorma.files import META_FILE, write_folder
 from lorma.tuners.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_config
+from lorma.tuners.kinds import patterns
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 REPORT_FILE = "export.json"
@@ -83,7 +84,9 @@ def export_lora(
     check_dtype(dtype)
     check_output(output, overwrite)
     folder = adapter_folder(adapter)
-    adapted = open_adapter(folder, base or base_of(folder))
+    base = base or base_of(folder)
+    check_output(output, overwrite, folder, base.path)
+    adapted = open_adapter(folder, base)
     forms = forms_of(adapted, truncation, DTYPES[dtype])
     names = _module_names(adapted.peft_model)
     config, state = _as_peft(adapted.config, forms, names, adapted.others, uniform_rank)
@@ -178,12 +181,27 @@ def base_of(folder: Path) -> Base:
     return Base(config.base_model_name_or_path, revision=config.revision)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it may be replaced, or that has no directory to lie in (``InputError``)."""
+def check_output(output: Path, overwrite: bool, *inputs: str | Path, file: bool = False) -> None:
+    """Refuse an output before any work is done.
+
+    Args:
+        inputs: folders and files that are read; the output may not be one of them, or hold one.
+        file: whether a file is written, and not a folder.
+
+    Raises:
+        InputError: it exists and may not be replaced, is of the other kind, is an input, or has no directory to lie in.
+    """
     if not output.resolve().parent.is_dir():
         raise InputError(f"output={str(output)!r}: its directory does not exist")
     if output.exists() and not overwrite:
         raise InputError(f"output={str(output)!r} exists; give --overwrite to replace it")
+    if output.exists() and output.is_dir() == file:
+        raise InputError(
+            f"output={str(output)!r} is a {'folder' if file else 'file'}; name a {'file' if file else 'folder'}"
+        )
+    for path in inputs:
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise InputError(f"output={str(output)!r} holds {str(path)!r}, which is read; choose another output")
 
 
 def check_dtype(dtype: str) -> None:
@@ -212,9 +230,7 @@ def _as_peft(
     largest = max(form.rank for form in forms)
     if uniform_rank:
         forms = [form.padded(largest) for form in forms]
-    # The longest name first: PEFT matches patterns at the end of a module's name.
-    special = sorted((form for form in forms if form.rank != largest), key=lambda form: -len(form.path))
-    ranks = {re.escape(form.path): form.rank for form in special}
+    ranks = {form.path: form.rank for form in forms}
     config = LoraConfig(
         task_type=source.task_type,
         base_model_name_or_path=source.base_model_name_or_path,
@@ -222,8 +238,8 @@ def _as_peft(
         inference_mode=True,
         r=largest,
         lora_alpha=largest,
-        rank_pattern=dict(ranks),
-        alpha_pattern=dict(ranks),
+        **patterns("rank_pattern", ranks),
+        **patterns("alpha_pattern", ranks),
         target_modules=_targets([form.path for form in forms], names),
         fan_in_fan_out=any(isinstance(form.module, Conv1D) for form in forms),
         bias="lora_only" if source.bias.endswith("_only") else source.bias,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorma.errors import InputError, did_you_mean, one_line
 from lorma.tuners import validation as check
+from lorma.tuners.regex_cost import NAME_LENGTH, ways_of
 from lorma.tuners.untrusted import TensorInfo, read_header, read_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -32,9 +33,19 @@ MAX_FACTOR = 1 << 28
 """Numbers in one factor: 1 GiB in float32."""
 MAX_PATTERNS = 1024
 """Entries of ``rank_pattern`` and the like, each of which PEFT matches against each layer."""
+MAX_WORK = 2 * 10**8
+"""Ways to match all patterns on all weights: some four seconds. They grow with the fourth power of a name's length."""
 FROM_PEFT = ("LORA", "ADALORA", "VERA", "HIRA", "OFT")
 """PEFT's own methods that are read: those that recipes can name. Others load further files or tokenizers by name."""
-REFUSED_FIELDS = ("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "arrow_config")
+REFUSED_FIELDS = (
+    "layer_replication",
+    "megatron_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "arrow_config",
+)
 """Fields of those with which PEFT imports modules or computes on data; a trained adapter needs none of them."""
 MODEST_RANK = 256
 """A stated rank up to this is allowed where no weight is as wide: TLoRA's files hold nothing wider than their ranks."""
@@ -151,8 +162,9 @@ def _check_common(content: dict[str, Any]) -> None:
             raise TypeError(f"{name}={content[name]!r} must be an int")
     if not isinstance(content.get("rank_pattern") or {}, dict):
         raise TypeError(f"rank_pattern={content['rank_pattern']!r} must be a dict from module names to ranks")
-    for pattern in content.get("rank_pattern") or {}:
-        check.check_regex("key of rank_pattern", pattern)
+    for name in ("rank_pattern", "alpha_pattern", "fused_projections"):
+        for pattern in content[name] if isinstance(content.get(name), dict) else ():
+            check.check_regex(f"key of {name}", pattern)
 
 
 def check_names(folder: Path, weights: tuple[str, ...], tensors: Iterable[str]) -> None:
@@ -193,6 +205,10 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
     if config.peft_type == "ADALORA":  # whose ranks change in training
         return
     patterns = compiled(getattr(config, "rank_pattern", None))
+    longer = max(1.0, max(map(len, factors), default=0) / NAME_LENGTH)
+    work = len(factors) * sum(map(ways_of, patterns)) * longer**4
+    if work > MAX_WORK:
+        raise InputError(f"{folder / CONFIG_NAME}: rank_pattern can take very long to match; name the modules in full")
     for name, (shape, _) in factors.items():
         part = part_of(name)
         dimension = RANK_DIMENSION[part]

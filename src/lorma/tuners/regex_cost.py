@@ -53,6 +53,11 @@ def check_cost(name: str, pattern: str) -> None:
         )
 
 
+def ways_of(pattern: str) -> int:
+    """Bound on the ways in which a pattern that :func:`check_cost` lets pass can match a module name."""
+    return _ways(parser.parse(pattern))
+
+
 def _ways(sequence: Any) -> int:
     ways = 1
     for kind, argument in sequence:

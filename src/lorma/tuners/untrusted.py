@@ -17,7 +17,7 @@ MAX_JSON = 1 << 20
 """Bytes of a JSON file: some hundred times a usual ``adapter_config.json``."""
 MAX_HEADER = 1 << 24
 """Bytes of a safetensors header: room for about 150,000 tensors."""
-MAX_NAME = 1000
+MAX_NAME = 256
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

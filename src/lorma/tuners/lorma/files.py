@@ -39,7 +39,7 @@ def layers_of(adapter: AdapterFile) -> Iterator[LayerFile]:
         ValueError: one of the factors of a layer is missing, or they do not fit each other.
     """
     config: Any = adapter.config
-    alphas, fused = compiled(config.alpha_pattern), compiled(config.fused_projections)
+    fused = compiled(config.fused_projections)
     for path in adapter.modules("lorma_A"):
         name = path.removeprefix(PREFIX)
         for factor in ("lorma_A", "lorma_B"):
@@ -48,12 +48,15 @@ def layers_of(adapter: AdapterFile) -> Iterator[LayerFile]:
         A, B = adapter.read(f"{path}.lorma_A"), adapter.read(f"{path}.lorma_B")
         if A.ndim != 2 or B.shape != A.shape[::-1]:
             raise ValueError(f"{path}: lorma_A {tuple(A.shape)} and lorma_B {tuple(B.shape)} must be r × n and n × r")
-        wide = config_name(name, config)
-        alpha = matching(alphas, config.alpha_pattern, config.lorma_alpha, wide)
+        scaling = scaling_of(config, config_name(name, config), len(A))
         cut = matching(fused, config.fused_projections or {}, None, name)
-        yield LayerFile(
-            name, A, B, config.scaling(len(A), alpha), None if cut is None else FusedProjection.parse(name, cut)
-        )
+        yield LayerFile(name, A, B, scaling, None if cut is None else FusedProjection.parse(name, cut))
+
+
+def scaling_of(config: LormaConfig, name: str, r: int) -> float:
+    """The scalar s of a layer of rank ``r`` that the configuration's patterns know as ``name``."""
+    alphas = config.alpha_pattern
+    return config.scaling(r, matching(compiled(alphas), alphas, config.lorma_alpha, name))
 
 
 def config_name(name: str, config: LormaConfig) -> str:

@@ -50,9 +50,11 @@ class SvftLayer(AdapterLayer):
     def basis(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U (d × n) and V (k × n) of the unmerged base weight, computed when first asked for and kept in ``dtype``."""
         parameter = self._parameter()
-        key = (id(parameter), parameter._version, dtype)
+        key = (id(parameter), parameter._version, parameter.data_ptr())
         held = self._basis
-        if held is None or (held[0] != key and not self.merged) or held[1].dtype != dtype:
+        if held is not None and self.merged:  # whose original weight may be gone
+            return held[1].to(parameter.device, dtype), held[2].to(parameter.device, dtype)
+        if held is None or held[0] != key or held[1].dtype != dtype:
             with torch.no_grad():
                 weight = widen(self.original_weight())
                 U, V = singular.singular_basis(weight.T if self.fan_in_fan_out else weight)

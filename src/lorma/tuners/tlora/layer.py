@@ -52,6 +52,8 @@ class TLoraLayer(AdapterLayer):
         self.tlora_A = FixedTensors()
         self.tlora_C = FixedTensors()
         self.tlora_checksum = FixedTensors()
+        module: Any = self
+        module.register_load_state_dict_post_hook(_draw_again)
 
     def update_layer(self, adapter_name: str, *, config: TLoraConfig, r: int) -> None:
         """Add an adapter, or replace the one of this name."""
@@ -168,3 +170,11 @@ class TLoraLayer(AdapterLayer):
 
     def check_order(self, names: list[str]) -> None:
         """Updates that are added may come in any order."""
+
+
+def _draw_again(layer: Any, _: Any) -> None:
+    """After a state dict is loaded: A and C that are no part of it are put as they are drawn, whatever was there."""
+    for name in layer.undo:
+        layer._draw_late(name)
+        if name in layer.tlora_A._non_persistent_buffers_set:
+            layer.redraw(name)

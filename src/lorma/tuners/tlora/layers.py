@@ -39,7 +39,7 @@ class Linear(Updated):
         drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
         device, dtype = x.device.type, self.tlora_A[name].dtype
         rounded = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if drops or rounded or type(x) is not Tensor or self.tlora_B[name].is_meta:
+        if drops or rounded or type(x) is not Tensor or self.tlora_A[name].is_meta or self.tlora_B[name].is_meta:
             return False
         weight = plain_weight(self.base_layer)
         return weight is not None and x.dtype == weight.dtype == dtype

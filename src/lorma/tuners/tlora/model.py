@@ -32,6 +32,8 @@ class TLoraModel(AdapterModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As every tuner's; the checksums of all A and C are put where the state dict finds them."""
+        if not self._load_state_dict_post_hooks:
+            self.register_load_state_dict_post_hook(_verify_loaded)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         layers = _layers(model, adapter_name)
@@ -82,6 +84,14 @@ def _layers(model: nn.Module, adapter_name: str) -> list[TLoraLayer]:
 
 def _checksum(layers: list[TLoraLayer], adapter_name: str) -> Tensor:
     return functional.joint_checksum([layer.projection_checksum(adapter_name) for layer in layers])
+
+
+def _verify_loaded(tuner: Any, _: Any) -> None:
+    """After a state dict is loaded without PEFT: its checksum must be that of the A and C that are here."""
+    for name, config in tuner.peft_config.items():
+        layers = _layers(tuner.model, name)
+        if layers and not config.save_projection and name in layers[0].tlora_checksum:
+            _verify(layers, name, {CHECKSUM: layers[0].tlora_checksum[name]})
 
 
 def _verify(layers: list[TLoraLayer], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
