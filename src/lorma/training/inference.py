@@ -117,7 +117,10 @@ def load_adapter(model: Any, folder: Path) -> Any:
                     f"{refusal}: {name} has shape {list(adapter.tensors[name].shape)}, the model has room for "
                     f"{list(shape)}"
                 )
+        dtypes = {name: parameter.dtype for name, parameter in adapted.named_parameters()}
         adapted.load_adapter(str(folder), "default", low_cpu_mem_usage=bare)
+        for name, parameter in adapted.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])  # what is put in place of meta tensors has the file's
     except InputError:
         raise
     except KeyError as error:
