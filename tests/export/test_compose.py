@@ -145,3 +145,9 @@ def test_the_command(double, tmp_path, cli):
     assert "--overwrite" in again.err
     assert cli("compose", first, second, "-o", tmp_path / "c", "--heads-from", "third").code == 2
     assert cli("compose", first, tmp_path / "nothing", "-o", tmp_path / "d").code == 2
+
+
+def test_biases_of_the_second_adapter_are_kept(double, tmp_path):
+    first = saved(double, tmp_path / "1", 1)
+    second = saved(double, tmp_path / "2", 2, bias="lorma_only")
+    assert compose(first, second, tmp_path / "both").config.bias == "lorma_only"

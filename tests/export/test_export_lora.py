@@ -9,10 +9,15 @@ import pytest
 import torch
 from export_cases import EXACT, assert_same, filled, loaded, logits
 from peft import get_peft_model, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
+from torch import nn
 
 from lorma import InputError, LormaConfig
 from lorma.export import Base, Truncation, export_lora, export_lora_state_dict
+from lorma.export.forms import LoraForm
+from lorma.export.lora import _as_peft
+from lorma.export.merge import merge
 from lorma.tuners.adapter_file import WEIGHTS_NAME
 
 TINY = LormaConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
@@ -217,3 +222,48 @@ def test_several_adapters_composed_are_one_lora(bases):
     assert_same(logits(lora.eval(), batch), logits(adapted, batch), logits(model, batch))
     with pytest.raises(InputError, match="no such adapter"):
         export_lora_state_dict(adapted, "third")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_copies_of_base_weights_that_peft_saves_are_not_taken_for_trained_ones(target, bases, tmp_path):
+    """PEFT writes the base weight of an adapted head or embedding into the adapter's file."""
+    folder, model, batch = bases["llama"]
+    adapted = filled(model, LormaConfig(task_type="CAUSAL_LM", target_modules=[target], side="post"))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert any(name.endswith(".base_layer.weight") for name in load_file(tmp_path / "adapter" / WEIGHTS_NAME))
+    expected, base = logits(adapted, batch), logits(model, batch)
+    merge(tmp_path / "adapter", tmp_path / "merged", base_for("llama", folder))
+    assert_same(logits(type(model).from_pretrained(tmp_path / "merged").eval(), batch), expected, base)
+
+
+def test_a_copy_of_another_base_weight_is_refused(bases, tmp_path):
+    folder, model, _ = bases["llama"]
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data.mul_(2)
+    adapted = filled(other, LormaConfig(target_modules=["lm_head"]))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(InputError, match="holds a base weight .* of its own, and it is not the base model's"):
+        export_lora(tmp_path, tmp_path / "lora", base=base_for("llama", folder))
+
+
+def test_names_that_end_alike_keep_their_ranks():
+    ranks = {"fc": 2, "block.fc": 4}
+    forms = [LoraForm(path, nn.Linear(8, 8), torch.zeros(r, 8), torch.zeros(8, r)) for path, r in ranks.items()]
+    config, _ = _as_peft(LormaConfig(), forms, set(ranks), {}, False)
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        assert {path: pattern[get_pattern_key(list(pattern), path)] for path in ranks} == ranks
+
+
+def test_the_output_may_not_be_an_input(bases, tmp_path):
+    folder, model, _ = bases["llama"]
+    adapter = tmp_path / "run" / "adapter"
+    filled(model, LormaConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    for output in (folder, folder.parent, adapter, tmp_path / "run"):
+        with pytest.raises(InputError, match="which is read; choose another output"):
+            export_lora(adapter, output, base=base_for("llama", folder), overwrite=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file; name a folder"):
+        export_lora(adapter, tmp_path / "file", base=base_for("llama", folder), overwrite=True)
+    assert (adapter / WEIGHTS_NAME).is_file()
+    assert (folder / "config.json").is_file()

@@ -174,3 +174,25 @@ def test_wrong_values_are_refused(config, options, message):
 def test_a_model_without_known_names(mlp):
     with pytest.raises(ValueError, match="target_modules must be given: Mlp has none of the names known"):
         get_peft_model(mlp, BottleneckConfig())
+
+
+def test_the_basis_follows_a_weight_that_is_replaced(mlp, x):
+    model = noisy(mlp, "svft-plain")
+    before = model(x)
+    layer = model.base_model.model.up
+    layer.base_layer.weight.data = layer.base_layer.weight.data.flip(0).contiguous()
+    after = model(x)
+    layer._basis = None
+    assert_close(model(x), after, atol=0, rtol=0)
+    assert not torch.allclose(before, after)
+
+
+def test_one_of_two_merged_with_an_inverse(mlp, x):
+    model = noisy(mlp, "svft-plain")
+    model.add_adapter("second", SvftConfig(pattern="random", r=1, target_modules=TARGETS, init_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    expected = model(x)
+    model.base_model.merge_adapter(["default"], undo="inverse")
+    assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    assert_close(model(x), expected, atol=1e-5, rtol=1e-4)

@@ -195,3 +195,42 @@ def test_saved_projections_win_over_the_seed(quick, mlp, x, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(load(mlp, tmp_path / "again")(x), model(x))
     assert not torch.equal(tlora(mlp, seed=8)(x), model(x))
+
+
+# A state dict loaded without PEFT
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+
+
+def noisy(seed=0):
+    model = get_peft_model(two_layers(), TLoraConfig(r=2, seed=seed, target_modules=["0", "1"]))
+    randomise(model)
+    return model
+
+
+def test_matrices_without_memory_are_drawn_when_a_state_dict_is_loaded(x):
+    model = noisy()
+    state, expected = model.state_dict(), model(x)
+    for assign in (True, False):
+        with torch.device("meta"):
+            empty = get_peft_model(two_layers(), TLoraConfig(r=2, target_modules=["0", "1"]))
+        if not assign:
+            empty.to_empty(device="cpu")
+        empty.load_state_dict(state, assign=assign)
+        assert_close(empty(x), expected, atol=0, rtol=0)
+
+
+def test_a_state_dict_of_another_seed_is_refused():
+    with pytest.raises(ValueError, match="the fixed matrices A and C of 0 come out otherwise"):
+        noisy(seed=1).load_state_dict(noisy().state_dict())
+
+
+def test_rounded_matrices_are_drawn_again_when_a_state_dict_is_loaded(x):
+    model = noisy()
+    state, expected = copy.deepcopy(model.state_dict()), model(x)
+    rounded = model.bfloat16().float()
+    rounded.load_state_dict(state)
+    assert_close(rounded(x), expected, atol=0, rtol=0)

@@ -178,3 +178,24 @@ def test_patterns_that_people_write(pattern):
 def test_patterns_that_backtrack(pattern):
     with pytest.raises(ValueError, match="can take very long to match"):
         LormaConfig(target_modules=pattern)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_costly_patterns_are_refused_before_they_are_matched(field, folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: {"((.*)*)*Z": 2}}))
+    with pytest.raises(InputError, match="can take very long to match"):
+        read_adapter(folder)
+
+
+def test_patterns_that_are_costly_on_long_names_are_refused(folder):
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    name = "base_model.model." + "a" * 200
+    save_file(
+        load_file(weights) | {f"{name}.lorma_A": torch.zeros(2, 6), f"{name}.lorma_B": torch.zeros(6, 2)}, weights
+    )
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rank_pattern": {".*.*.*.*Z": 2}}))
+    start = time.monotonic()
+    with pytest.raises(InputError, match="rank_pattern can take very long to match"):
+        read_adapter(folder)
+    assert time.monotonic() - start < 2

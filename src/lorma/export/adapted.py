@@ -118,9 +118,7 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
                 f"{folder} does not fit the base model: {plain_name(key)} is {tuple(value.shape)} in the adapter and "
                 f"{tuple(place.shape)} in the model"
             )
-    adapted = Adapted(
-        config, peft_model.eval(), weights, _without_copies(peft_model, weights, others, names), state, names
-    )
+    adapted = Adapted(config, peft_model.eval(), weights, _without_copies(peft_model, weights, others), state, names)
     for path, layer in adapted.layers():
         if any(
             getattr(layer, kind)[NAME].is_meta for kind in layer.adapter_layer_names if NAME in getattr(layer, kind)
@@ -132,15 +130,13 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
     return replace(adapted, weights=LoadedWeights(base, type(model)))
 
 
-def _without_copies(
-    model: Any, weights: BaseWeights, others: dict[str, Tensor], names: dict[int, str]
-) -> dict[str, Tensor]:
+def _without_copies(model: Any, weights: BaseWeights, others: dict[str, Tensor]) -> dict[str, Tensor]:
     """What an adapter brings besides, less copies of base weights that PEFT saves with adapted embeddings and heads.
 
     Raises:
         InputError: such a copy is not the base model's weight, so the adapter was trained on another one.
     """
-    own = {names[id(getattr(layer.get_base_layer(), layer.weight_name))] for _, layer in adapted_layers(model, NAME)}
+    own = {own_name(path, layer) for path, layer in adapted_layers(model, NAME)}
     copies = {key: plain_name(key) for key in others if plain_name(key) in own}
     for key, name in copies.items():
         if name in weights and not torch.equal(weights.read(name).float(), others[key].float()):
@@ -149,6 +145,11 @@ def _without_copies(
                 "model that it was trained on (--base)"
             )
     return {key: value for key, value in others.items() if key not in copies}
+
+
+def own_name(path: str, layer: AdapterLayer) -> str:
+    """The base model's name of the weight that a layer adapts; of a tied weight the layer's own one."""
+    return f"{path.replace('.base_layer', '')}.{layer.weight_name}"
 
 
 def plain_name(key: str) -> str:

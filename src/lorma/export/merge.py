@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from lorma.errors import InputError
-from lorma.export.adapted import NAME, Adapted, open_adapter, plain_name
+from lorma.export.adapted import NAME, Adapted, open_adapter, own_name, plain_name
 from lorma.export.base import Base
 from lorma.export.stream import CODES, write_safetensors
 from lorma.export.verify import check_same, load_adapted_outputs
 from lorma.export.weights import INDEX_FILE, SINGLE_FILE, LoadedWeights, SafetensorsWeights, base_file
 from lorma.files import META_FILE, write_folder
 from lorma.tuners.card import merged_card
-from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.untrusted import TensorInfo
 
 SHARD_BYTES = 5 * 10**9
@@ -113,7 +112,7 @@ class Plan:
 
     def __init__(self, adapted: Adapted) -> None:
         self.adapted = adapted
-        self.layers = {_own_name(path, layer): layer for path, layer in adapted.layers()}
+        self.layers = {own_name(path, layer): layer for path, layer in adapted.layers()}
         self.others = {plain_name(key): tensor for key, tensor in adapted.others.items() if ORIGINAL not in key}
         self.untied = False
         dtype = None
@@ -192,10 +191,6 @@ def _groups(adapted: Adapted) -> list[list[str]]:
     for name, tensor in adapted.tensors.items():
         groups.setdefault(id(tensor), []).append(name)
     return list(groups.values())
-
-
-def _own_name(path: str, layer: AdapterLayer) -> str:
-    return f"{path.replace('.base_layer', '')}.{layer.weight_name}"
 
 
 def _with_all_weights(adapted: Adapted, base: Base) -> Adapted:
