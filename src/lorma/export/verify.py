@@ -52,6 +52,7 @@ def check_same(expected: Tensor | None, inputs: Inputs, model_class: Any, folder
     found = _outputs(model, inputs)
     if not torch.isfinite(expected).all():
         raise ValueError("the adapted model answers with NaN or infinity; the adapter seems to be broken")
+    found, expected = found.double(), expected.double()  # whose squares do not overflow
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
     allowed = TOLERANCE.get(model.dtype, COARSE)
     if not difference <= allowed:
