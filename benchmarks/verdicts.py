@@ -66,6 +66,7 @@ def lines(results: Results) -> list[Line]:
             "LoRMAπ, whole step of MiniLM and SmolLM2: at most 1.10 of LoRA's time",
             list(steps(results, PERMUTATION, 1.1)),
         ),
+        Line("TLoRA, whole step of MiniLM and SmolLM2: at most LoRA's time", list(steps(results, ("tlora",), 1.0))),
     ]
 
 
