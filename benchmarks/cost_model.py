@@ -24,7 +24,7 @@ from lorma.kernels.circular import CORRELATE
 from lorma.kernels.costs import Rates, Shape, cheapest, rates
 from lorma.kernels.form import Operands, run
 from lorma.kernels.permutation import FOLD_PRE, ROTATE
-from lorma.kernels.rotation import factor_gradients, rotated_matrix
+from lorma.kernels.rotation import factor_gradients, multiplier_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
 COSTS = ROOT / "src" / "lorma" / "kernels" / "costs.json"
@@ -60,8 +60,8 @@ def measured_rates(dtype: torch.dtype, quick: bool, rounds: int) -> dict[str, fl
     square, tiny = torch.randn(n, n, device=DEVICE, dtype=dtype), torch.randn(8, 8, device=DEVICE, dtype=dtype)
     runs: dict[str, Run] = {
         "product": partial(F.linear, o.x, square),
-        "form": partial(rotated_matrix, o),
-        "back": partial(factor_gradients, o, lambda start, stop: square[start:stop]),
+        "form": lambda: list(multiplier_blocks(o)),
+        "back": partial(factor_gradients, o, square[:, :1], square[:1]),
         "transform": partial(run, CORRELATE, activations(o)),
         "mixed_transform": partial(run, CORRELATE, activations(odd)),
         "call": partial(F.linear, tiny, tiny),

@@ -97,9 +97,10 @@ def _linear_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]
     v = F.linear(g, Bt)
     dx = None
     if needs[0]:
-        # (g + v·A)·W0 = g·W0 + v·(A·W0): for few tokens reading W0 a second time costs more than a copy of g.
-        few = len(g) <= len(weight)
-        dx = torch.addmm(g, v, A) @ weight if few else (g @ weight).addmm_(v, A @ weight)
+        # (g + v·A)·W0 = g·W0 + v·(A·W0): for few tokens reading W0 a second time costs more than a copy of g. Adding
+        # the large product to the small one, and not the other way round, saves a pass over the result.
+        few = 4 * len(g) <= weight.shape[1]
+        dx = torch.addmm(g, v, A) @ weight if few else (v @ (A @ weight)).addmm_(g, weight)
         dx = dx.view(o.x.shape)
     dA = (v.mT @ o.rows) @ weight.mT if needs[2] else None
     dB = (u.mT @ g).mT * o.scaling if needs[3] else None

@@ -1,15 +1,16 @@
-"""Iπ(BA) and its gradient by blocks of rows, so that nothing larger than the n × n result is made.
+"""Iπ(BA) and its gradient by blocks of rows, each used up in the matrix products it is needed for.
 
 Row i of P = BA is rotated right by i. For the c rows from i0 to i1 − 1 only w = n + c columns of [P P] are needed,
 those from n − i1: element (t, j) of the rotated block lies in them at flat position ``c + t·(w − 1) + j``. The gradient
-goes the other way: a block D of rows of ∂L/∂M, its columns started at i0 and its first c columns repeated at the end,
-holds the block of U = (D rotated back) at ``t·(w + 1) + j``; then ``dB = s·U·Aᵀ`` and ``dA = s·Bᵀ·U``. Both views go
-into a matrix product as they are.
+goes the other way: a block D of rows of ∂L/∂M with its first i1 columns repeated at the end, w = n + i1, holds the block
+of U = (D rotated back) at ``i0 + t·(w + 1) + j``; then ``dB = s·U·Aᵀ`` and ``dA = s·Bᵀ·U``. Both views go into a matrix
+product as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from lorma.kernels.form import Operands
 
 _ROWS = 512
+_scratch = threading.local()
 
 
 def row_blocks(n: int) -> Iterator[tuple[int, int]]:
@@ -27,51 +29,65 @@ def row_blocks(n: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, n)) for start in range(0, n, step))
 
 
-def rotated_rows(o: Operands, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
-    """A function that gives rows i0 … i1 − 1 of ``s·Iπ(BA)`` (LoRMA paper, eq. 7) as a view, formed in ``dtype``."""
-    n = o.A.shape[-1]
-    doubled = torch.cat((o.A, o.A), dim=-1).to(dtype)
-    scaled = (o.B * o.scaling).to(dtype)
+def _room(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised matrix; on a CPU always the same memory for a name, in each thread.
 
-    def block(start: int, stop: int) -> Tensor:
-        product = scaled[start:stop] @ doubled[:, n - stop : 2 * n - start]
-        count, width = product.shape
-        return product.as_strided((count, n), (width - 1, 1), count)
+    A new block of a few MB costs a CPU as much in page faults as the product that fills it. GPUs have an allocator
+    that hands memory out again.
+    """
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    held: Tensor | None = getattr(_scratch, name, None)
+    if held is None or held.dtype != dtype or held.numel() < rows * columns:
+        with torch.inference_mode(False):
+            held = torch.empty(rows * columns, dtype=dtype)
+        setattr(_scratch, name, held)
+    return held[: rows * columns].view(rows, columns)
 
-    return block
 
-
-def rotated_matrix(o: Operands, *, apart: bool = False) -> Tensor:
-    """``s·Iπ(BA)``, or with ``apart`` what is left of it without the identity, n × n.
+def multiplier_blocks(o: Operands, *, apart: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """``s·Iπ(BA)`` (LoRMA paper, eq. 7), or with ``apart`` what is left of it without the identity.
 
     It is formed in the precision of the factors and rounded once, so that a small update is whole when it is rounded.
+
+    Yields:
+        Which rows, and those rows (c × n) in the dtype of the computation; a view with ``n + c − 1`` from row to row.
     """
-    n = o.A.shape[-1]
-    result = o.A.new_empty((n, n), dtype=o.dtype)
-    block = rotated_rows(o, torch.promote_types(o.A.dtype, o.dtype))
+    n, precise = o.A.shape[-1], torch.promote_types(o.A.dtype, o.dtype)
+    doubled = torch.cat((o.A, o.A), dim=-1).to(precise)
+    scaled = (o.B * o.scaling).to(precise)
     for start, stop in row_blocks(n):
-        piece = block(start, stop)
+        count = stop - start
+        product = _room("multiplier", count, n + count, precise, doubled.device)
+        torch.mm(scaled[start:stop], doubled[:, n - stop : 2 * n - start], out=product)
+        rows = product.as_strided((count, n), (n + count - 1, 1), count)
         if apart:
-            piece = piece.contiguous()
-            piece.diagonal(start).sub_(1)
-        result[start:stop] = piece
-    return result
+            rows.diagonal(start).sub_(1)
+        yield slice(start, stop), rows.to(o.dtype)
 
 
-def factor_gradients(o: Operands, gradient_rows: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
-    """``dA`` (r × n) and ``dB`` (n × r) from ∂L/∂(s·Iπ(BA)).
+def factor_gradients(
+    o: Operands, left: Tensor, right: Tensor, less: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """``dA`` (r × n) and ``dB`` (n × r) from ∂L/∂(s·Iπ(BA)), given as a product.
 
     Args:
-        gradient_rows: gives rows i0 … i1 − 1 of that gradient (c × n).
+        o: the operands.
+        left: n × K, the left factor of that gradient.
+        right: K × n, the right one.
+        less: two vectors of n whose outer product is taken from it.
     """
     n = o.A.shape[-1]
     A, B = o.A.to(o.dtype), o.B.to(o.dtype)
     dA, parts = A.new_zeros(A.shape, dtype=torch.promote_types(o.A.dtype, o.dtype)), []
     for start, stop in row_blocks(n):
-        gradient = gradient_rows(start, stop)
         count = stop - start
-        turned = torch.cat((gradient[:, start:], gradient[:, :stop]), dim=-1)
-        back = turned.as_strided((count, n), (n + count + 1, 1))
+        turned = _room("gradient", count, n + stop, o.dtype, left.device)
+        gradient = torch.mm(left[start:stop], right, out=turned[:, :n])
+        if less is not None:
+            gradient.addr_(less[0][start:stop], less[1], alpha=-1)
+        turned[:, n:] = gradient[:, :stop]
+        back = turned.as_strided((count, n), (n + stop + 1, 1), start)
         parts.append(F.linear(back, A))
         dA += B[start:stop].mT @ back
     return dA * o.scaling, torch.cat(parts) * o.scaling
