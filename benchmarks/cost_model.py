@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorma.kernels.circular import CORRELATE
-from lorma.kernels.costs import Rates, Shape, cheapest, rates
+from lorma.kernels.costs import Rates, Shape, cheapest, kind_of
 from lorma.kernels.form import Operands, run
 from lorma.kernels.permutation import FOLD_PRE, ROTATE
 from lorma.kernels.rotation import factor_gradients, multiplier_blocks
@@ -115,7 +115,7 @@ def main() -> None:
     content: dict[str, Any] = json.loads(COSTS.read_text(encoding="utf-8"))
     found = {}
     for dtype in DTYPES:
-        name = f"{DEVICE.type}/{str(dtype).removeprefix('torch.')}"
+        name = f"{kind_of(DEVICE.type)}/{str(dtype).removeprefix('torch.')}"
         values = measured_rates(dtype, arguments.quick, arguments.rounds)
         found[name] = {key: float(f"{value:.3g}") for key, value in values.items()}
     if arguments.install:
@@ -123,7 +123,7 @@ def main() -> None:
         partial_file = Path(f"{COSTS}.partial")
         partial_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         partial_file.replace(COSTS)
-    rate = Rates(**found[f"{DEVICE.type}/float32"]) if DEVICE.type == "cpu" else rates(DEVICE.type, torch.float32)
+    rate = Rates(**found[f"{kind_of(DEVICE.type)}/float32"])
     grid = [(16, 48, 32)] if arguments.quick else GRID
     choices = [choice(*size, rate, max(2, arguments.rounds // 3)) for size in grid]
     for case in choices:

@@ -2,18 +2,27 @@
 
     lorma train gsm8k_smollm2 data.train=gsm8k/train.jsonl data.eval=gsm8k/test.jsonl data.max_eval_rows=4 \\
         data.max_length=160 train.max_steps=40 output=runs/gsm
-    make llamacpp
+    CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" make llamacpp   (with OpenBLAS's headers installed)
     python benchmarks/llama_agreement.py runs/gsm --prompts gsm8k/test.jsonl -o docs/results/llama_agreement.json
 
 For a run on a GGUF base (SmolLM2): greedy continuations of 20 prompts, token by token, by transformers on the unpacked
-weights and by llama.cpp twice: on the packed file as it is, where its kernels round activations to 8 bits, and on the
-same weights unpacked to float32. ``changed`` counts continuations that differ from those of the base alone.
+weights and by llama.cpp in three ways:
+
+* ``packed``: the packed file as it is. llama.cpp's kernels for single tokens round activations to 8 bits.
+* ``packed, float products``: the same file, the sequence evaluated whole for every token. llama.cpp hands products of
+  32 tokens and more to the BLAS library it was built with, which unpacks the weights and rounds no activations.
+* ``float32``: the same weights unpacked to a file in float32, as users of transformers have them.
+
+``agree`` counts continuations that are transformers' in every token, with the adapter and (``agree_base``) without;
+``changed`` those that differ from llama.cpp's own of the base alone.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +55,53 @@ def unpack(source: Path, target: Path) -> None:
     writer.close()
 
 
-def by_llama_cpp(base: Path, adapter: Path | None, prompts: list[list[int]], tokens: int, end: int) -> list[list[int]]:
-    """Greedy continuations."""
+def model_parameters() -> Any:
+    """llama.cpp's defaults without weights in layouts of the processor's own, which no BLAS library reads.
+
+    One of these is for AMX, which some virtual machines announce and do not have.
+    """
+    parameters = defaults()
+    parameters.use_extra_bufts = False
+    return parameters
+
+
+GREEDY: dict[str, Any] = {"top_k": 1, "temp": 0.0, "repeat_penalty": 1.0}
+defaults = llama_cpp.llama_cpp.llama_model_default_params
+llama_cpp.llama_cpp.llama_model_default_params = model_parameters
+
+
+def by_llama_cpp(
+    base: Path, adapter: Path | None, prompts: list[list[int]], tokens: int, end: int, whole: bool
+) -> list[list[int]]:
+    """Greedy continuations; with ``whole`` the sequence is evaluated anew for every token."""
     lora = None if adapter is None else str(adapter)
-    model = llama_cpp.Llama(str(base), lora_path=lora, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+    options: dict[str, Any] = {"n_ctx": 1024, "n_batch": 1024, "n_ubatch": 1024, "logits_all": whole, "verbose": False}
+    model = llama_cpp.Llama(str(base), lora_path=lora, n_threads=1, n_threads_batch=1, **options)
     found = []
     for prompt in prompts:
         model.reset()
         new: list[int] = []
-        for token in model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0):
+        for token in evaluated_whole(model, prompt) if whole else model.generate(prompt, **GREEDY):
             new.append(token)
             if len(new) == tokens or token == end:
                 break
         found.append(new)
     return found
+
+
+def evaluated_whole(model: llama_cpp.Llama, prompt: list[int]) -> Iterator[int]:
+    """Greedy tokens, each from an evaluation of the whole sequence."""
+    sequence = list(prompt)
+    while True:
+        model.reset()
+        model.eval(sequence)
+        sequence.append(int(model.scores[len(sequence) - 1].argmax()))
+        yield sequence[-1]
+
+
+def blas_built() -> bool:
+    """Whether this build of llama.cpp has a BLAS backend."""
+    return any(Path(str(llama_cpp.__file__)).parent.glob("lib/*ggml-blas*"))
 
 
 def by_transformers(model: Any, prompts: list[list[int]], tokens: int, end: int) -> list[list[int]]:
@@ -92,6 +134,8 @@ def main() -> None:
     encode = predictor.task.encode
     prompts = [encode([row], predictor.meta, tokenizer)["input_ids"][0].tolist() for row in rows]
     expected = by_transformers(model, prompts, arguments.tokens, end)
+    with model.disable_adapter():
+        expected_base = by_transformers(model, prompts, arguments.tokens, end)
     folder = finished_adapter(arguments.run)
     base = Base(**base_arguments(folder))
     packed = Path(base.path, str(base.gguf_file))
@@ -100,17 +144,23 @@ def main() -> None:
         adapter, unpacked = Path(temporary, "adapter.gguf"), Path(temporary, "float32.gguf")
         export_gguf(folder, adapter, base=base)
         unpack(packed, unpacked)
-        for name, file in (("packed", packed), ("float32", unpacked)):
-            adapted = by_llama_cpp(file, adapter, prompts, arguments.tokens, end)
-            plain = by_llama_cpp(file, None, prompts, arguments.tokens, end)
+        ways = {"packed": (packed, False), "packed, float products": (packed, True), "float32": (unpacked, False)}
+        if not blas_built():
+            del ways["packed, float products"]
+            print("llama.cpp was built without a BLAS library: products in float on the packed file are left out")
+        for name, (file, whole) in ways.items():
+            adapted = by_llama_cpp(file, adapter, prompts, arguments.tokens, end, whole)
+            plain = by_llama_cpp(file, None, prompts, arguments.tokens, end, whole)
             results[name] = {
-                "agree": sum(a == e for a, e in zip(adapted, expected, strict=True)),
+                "agree": sum(map(operator.eq, adapted, expected)),
+                "agree_base": sum(map(operator.eq, plain, expected_base)),
                 "of": len(prompts),
-                "same_tokens": [common(a, e) for a, e in zip(adapted, expected, strict=True)],
-                "changed": sum(a != p for a, p in zip(adapted, plain, strict=True)),
+                "same_tokens": list(map(common, adapted, expected)),
+                "changed": sum(map(operator.ne, adapted, plain)),
             }
             print(name, results[name])
-    write(arguments, {"base": packed.name, "tokens": arguments.tokens, "results": results})
+    size = {"prompt_tokens": [len(prompt) for prompt in prompts], "tokens": arguments.tokens}
+    write(arguments, {"base": packed.name, **size, "results": results})
 
 
 if __name__ == "__main__":

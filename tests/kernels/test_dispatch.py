@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lorma import LormaConfig, functional, kernels
-from lorma.kernels import dispatch
-from lorma.kernels.costs import RATES, Rates, Shape, cheapest, costs, rates
+from lorma.kernels import circular, dispatch
+from lorma.kernels.costs import RATES, Rates, Shape, cheapest, costs, kind_of, rates
 from lorma.kernels.form import Form
 from lorma.tuners.plain import plain_weight
 
@@ -65,6 +65,8 @@ def test_costs_follow_the_counts():
 def test_rates_that_nobody_measured_are_those_nearest_to_it():
     assert rates("cpu", torch.float64) == CPU
     assert rates("a new device", torch.bfloat16) == RATES["cpu", torch.bfloat16]
+    assert kind_of("cuda") == "cuda"
+    assert kind_of("cpu") in {kind for kind, _ in RATES}
 
 
 def layer(inflation="permutation", side="pre", base=None, **options):
@@ -328,3 +330,52 @@ def test_factors_of_another_dtype_and_the_naive_form_take_the_formula():
     assert_close(out, functional.apply_multiplier(x.float(), A, B, 0.5, "plus").half())
     assert_close(kernels.multiply(x.float(), A, B, 0.5, "none"), 0.5 * x.float() @ A.T @ B.T)
     assert kernels.multiplied_linear(x.float(), torch.eye(6), None, A, B, 0.5, "none", "pre") is None
+
+
+@pytest.mark.parametrize("chunk", [2**18, 1], ids="chunk{}".format)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("inflation", ["plus", "permutation"])
+def test_a_multiplier_for_each_row(inflation, bias, chunk, monkeypatch):
+    monkeypatch.setitem(circular._CHUNK, "cpu", chunk)
+    x, A, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 3, 7), (3, 2, 7), (3, 7, 2)))
+    shift = torch.randn(7, dtype=torch.float64) if bias else None
+    which = torch.tensor([2, 0, 0, 1, 2])
+    out = kernels.multiply_rows(x, A, B, which, inflation, shift)
+    rows = zip(x, which, strict=True)
+    expected = torch.stack([kernels.multiply(row, A[i], B[i], 1.0, inflation, shift) for row, i in rows])
+    assert_close(out, expected)
+    assert_close(torch.autograd.grad(out.sum(), (x, A, B)), torch.autograd.grad(expected.sum(), (x, A, B)))
+    narrow = kernels.multiply_rows(x.bfloat16(), A.float(), B.float(), which, inflation)
+    assert narrow.dtype == torch.bfloat16
+    assert_close(narrow.double(), kernels.multiply_rows(x, A, B, which, inflation), atol=0.1, rtol=0.05)
+
+
+def test_rows_of_a_permutation_are_taken_together_while_their_tokens_are_few():
+    A = torch.zeros(8, 1024)
+    assert kernels.rows_belong_together(1, A, "permutation")
+    assert not kernels.rows_belong_together(4096, torch.zeros(64, 256), "permutation")
+    assert kernels.rows_belong_together(4096, A, "plus")
+    assert not kernels.rows_belong_together(1, A, "none")
+
+
+@pytest.mark.parametrize("side", ["pre", "post"])
+def test_a_mixed_batch_of_permutations_takes_each_kind_once(side, monkeypatch):
+    model = nn.ModuleDict({"p": nn.Linear(16, 24)})
+    model = get_peft_model(model, LormaConfig(r=3, target_modules=["p"], inflation="permutation", side=side))
+    for name, inflation in (("other", "permutation"), ("plus", "plus"), ("plus2", "plus")):
+        model.add_adapter(name, LormaConfig(r=3, target_modules=["p"], inflation=inflation, side=side))
+    adapted, calls = model.base_model.model["p"].eval(), []
+    with torch.no_grad():
+        for factor in (*adapted.lorma_A.values(), *adapted.lorma_B.values()):
+            factor.add_(0.1 * torch.randn_like(factor))
+    rows = kernels.multiply_rows
+    monkeypatch.setattr(kernels, "multiply_rows", lambda *a: calls.append(a[4]) or rows(*a))
+    x, names = torch.randn(7, 16), ["plus", "default", "__base__", "other", "plus2", "default", "other"]
+    out = adapted(x, adapter_names=names)
+    assert sorted(calls) == ["permutation", "plus"]
+    for row, name, found in zip(x, names, out, strict=True):
+        if name == "__base__":
+            assert_close(found, adapted.get_base_layer()(row))
+        else:
+            adapted.set_adapter(name)
+            assert_close(found, adapted(row[None])[0])

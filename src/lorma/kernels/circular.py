@@ -82,6 +82,27 @@ def _correlate_backward(grad: Tensor, o: Operands, _: Tensor, needs: Sequence[bo
     )
 
 
+def correlated_rows(x: Tensor, A: Tensor, B: Tensor, which: Tensor, bias: Tensor | None) -> Tensor:
+    """``Iπ(BA)·(x − bias) + bias`` with a multiplier for each row of a batch; ordinary differentiable operations.
+
+    Args:
+        x: (g, t, n), t tokens in each row.
+        A: (u, r, n), of u adapters.
+        B: (u, n, r), times the scalar s.
+        which: (g,), the adapter of each row.
+        bias: (n,), or None.
+    """
+    wide, n = torch.promote_types(torch.promote_types(A.dtype, x.dtype), torch.float32), A.shape[-1]
+    spectra, Bt = rfft(A.to(wide)).conj_physical(), B.mT.to(wide)
+    step = max(1, _CHUNK.get(x.device.type, _CHUNK_ELSEWHERE) // max(1, x.shape[1] * A[0].numel()))
+    parts = []
+    for rows, adapters in zip(x.split(step), which.split(step), strict=True):
+        spectrum = rfft(rows.to(wide) if bias is None else rows.to(wide) - bias)[:, :, None]
+        found = (irfft(spectrum * spectra[adapters][:, None], n=n) * Bt[adapters][:, None]).sum(2)
+        parts.append((found if bias is None else found + bias).to(x.dtype))
+    return torch.cat(parts)
+
+
 def permuted(o: Operands) -> Tensor:
     """``s·Iπ(BA)·(x − bias) + bias``, the formula behind every form of it; the update is rounded once."""
     update = update_matrix(o.A, o.B, o.scaling, "permutation").to(o.dtype)

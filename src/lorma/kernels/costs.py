@@ -1,9 +1,9 @@
 """What each way of computing LoRMAπ costs, from measured rates, and which is the cheapest.
 
-Operations are counted; how long one takes was measured (``python benchmarks/cost_model.py``) for the devices and dtypes
-that are listed in ``costs.json``; others borrow the rates nearest to theirs. Rates are fixed in the package and not
-measured on the user's machine, so that the same run makes the same choices, and the same rounding, whenever it is
-repeated.
+Operations are counted; how long one takes was measured (``python benchmarks/cost_model.py``) for the kinds of devices
+and dtypes that are listed in ``costs.json``; others borrow the rates nearest to theirs. CPUs with AVX-512 are a kind of
+their own: products gain more from it than transforms do. Rates are fixed in the package and not measured on the user's
+machine, so that the same run makes the same choices, and the same rounding, whenever it is repeated there.
 """
 
 from __future__ import annotations
@@ -52,17 +52,23 @@ def _measured() -> dict[tuple[str, torch.dtype], Rates]:
     text = files("lorma.kernels").joinpath("costs.json").read_text(encoding="utf-8")
     table = {}
     for key, values in json.loads(text)["rates"].items():
-        device, dtype = key.split("/")
-        table[device, getattr(torch, dtype)] = Rates(**values)
+        kind, dtype = key.split("/")
+        table[kind, getattr(torch, dtype)] = Rates(**values)
     return table
 
 
 RATES = _measured()
 
 
-def rates(device: str, dtype: torch.dtype) -> Rates:
+def kind_of(device: str) -> str:
+    """What rates are listed under: the type of the device, for a CPU with AVX-512 also that."""
+    wide = device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "cpu-avx512" if wide else device
+
+
+def rates(kind: str, dtype: torch.dtype) -> Rates:
     """Measured rates for a kind of device and a dtype; where nothing was measured, those nearest to it."""
-    for key in ((device, dtype), (device, torch.float32), ("cpu", dtype)):
+    for key in ((kind, dtype), (kind, torch.float32), ("cpu", dtype)):
         if key in RATES:
             return RATES[key]
     return RATES["cpu", torch.float32]
@@ -79,8 +85,7 @@ def costs(shape: Shape, rate: Rates, *, training: bool) -> dict[Way, float]:
     b, n, m, r = shape.tokens, shape.n, shape.m, shape.r
     square = n * n
     form = rate.product * r * square + rate.element * square
-    transform = rate.transform if n & (n - 1) == 0 else rate.mixed_transform
-    transforms = transform * b * (r + 1) * n * math.log2(max(n, 2))
+    transforms = _transforms(shape, rate)
     found: dict[Way, float] = {}
     if m:
         fold = form + rate.product * square * m + 3 * rate.call
@@ -91,6 +96,20 @@ def costs(shape: Shape, rate: Rates, *, training: bool) -> dict[Way, float]:
     found["multiply"] = multiply + (back if training else 0.0)
     found["correlate"] = (transforms + 8 * rate.call) * (3.3 if training else 1)
     return found
+
+
+def _transforms(shape: Shape, rate: Rates) -> float:
+    n = shape.n
+    transform = rate.transform if n & (n - 1) == 0 else rate.mixed_transform
+    return transform * shape.tokens * (shape.r + 1) * n * math.log2(max(n, 2))
+
+
+def together(shape: Shape, rate: Rates) -> bool:
+    """Whether rows with multipliers of their own are best correlated all at once, as they share the calls of that.
+
+    The other way is to form one multiplier after the other. ``shape.tokens`` is that of one row.
+    """
+    return _transforms(shape, rate) <= costs(shape, rate, training=False)["multiply"]
 
 
 def cheapest(shape: Shape, rate: Rates, *, training: bool) -> Way:

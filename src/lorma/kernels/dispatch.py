@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from lorma.functional import Inflation, Side, multiplier_update
 from lorma.functional.multiplier import Scaling
-from lorma.kernels.circular import CORRELATE
-from lorma.kernels.costs import Shape, Way, cheapest, rates
+from lorma.kernels.circular import CORRELATE, correlated_rows
+from lorma.kernels.costs import Shape, Way, cheapest, kind_of, rates, together
 from lorma.kernels.folding import FoldedWeight
 from lorma.kernels.form import Operands, only_plain_operations, run, without_autocast
 from lorma.kernels.low_rank import LOW_RANK, LOW_RANK_LINEAR
@@ -40,6 +40,35 @@ def multiply(
         dtype = torch.promote_types(x.dtype, A.dtype)
     inner = (x if bias is None else x - bias).to(dtype)
     return (x + multiplier_update(inner, A.to(dtype), B.to(dtype), scaling, inflation)).to(x.dtype)
+
+
+def multiply_rows(
+    x: Tensor, A: Tensor, B: Tensor, which: Tensor, inflation: Inflation, bias: Tensor | None = None
+) -> Tensor:
+    """As :func:`multiply`, with one of several multipliers for each row of a batch, all rows at once.
+
+    Args:
+        x: (g, t, n), t tokens in each row.
+        A: (u, r, n), of u adapters of one rank.
+        B: (u, n, r), times the scalar s of each.
+        which: (g,), the adapter of each row.
+        inflation: ``"plus"`` or ``"permutation"``.
+        bias: what is not multiplied.
+    """
+    if inflation == "permutation":
+        return correlated_rows(x, A, B, which, bias)
+    return multiply(x, A[which], B[which], 1.0, inflation, bias)
+
+
+def rows_belong_together(tokens: int, A: Tensor, inflation: Inflation) -> bool:
+    """Whether :func:`multiply_rows` beats :func:`multiply` for one adapter after the other.
+
+    For LoRMAπ as long as the ``tokens`` of a row are few.
+    """
+    if inflation != "permutation":
+        return inflation == "plus"
+    r, n = A.shape
+    return together(Shape(tokens, n, 0, r), rates(kind_of(A.device.type), A.dtype))
 
 
 def multiplied_linear(
@@ -136,4 +165,5 @@ def _way(o: Operands) -> Way:
     n = o.A.shape[-1]
     m = 0 if o.weight is None else o.weight.numel() // n
     training = torch.is_grad_enabled() and (o.x.requires_grad or o.A.requires_grad or o.B.requires_grad)
-    return cheapest(Shape(o.x.shape[:-1].numel(), n, m, len(o.A)), rates(o.x.device.type, o.dtype), training=training)
+    shape = Shape(o.x.shape[:-1].numel(), n, m, len(o.A))
+    return cheapest(shape, rates(kind_of(o.x.device.type), o.dtype), training=training)

@@ -2,8 +2,8 @@
 
 Row i of P = BA is rotated right by i. For the c rows from i0 to i1 − 1 only w = n + c columns of [P P] are needed,
 those from n − i1: element (t, j) of the rotated block lies in them at flat position ``c + t·(w − 1) + j``. The gradient
-goes the other way: a block D of rows of ∂L/∂M with its first i1 columns repeated at the end, w = n + i1, holds the block
-of U = (D rotated back) at ``i0 + t·(w + 1) + j``; then ``dB = s·U·Aᵀ`` and ``dA = s·Bᵀ·U``. Both views go into a matrix
+goes the other way: a block D of rows of ∂L/∂M with its first i1 columns repeated at the end, w = n + i1, holds that of
+U = (D rotated back) at ``i0 + t·(w + 1) + j``; then ``dB = s·U·Aᵀ`` and ``dA = s·Bᵀ·U``. Both views go into a matrix
 product as they are.
 """
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorma import functional, kernels
+from lorma.functional.multiplier import Inflation
 from lorma.tuners.calling import CallingLayer
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.placing import in_place, whole
@@ -63,9 +64,13 @@ class ChannelLayer(CallingLayer, LormaLayer):
     # A mixed batch: for each row its own adapter
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        def kind_of(name: str) -> tuple[bool, int] | None:
-            plain = self.inflation[name] == "plus" and self._is_plain(name, x)
-            return (self._acts_on_inputs(name), len(self.lorma_A[name])) if plain else None
+        tokens = self._channels_last(x).shape[1:-1].numel()
+
+        def kind_of(name: str) -> tuple[bool, Inflation, int] | None:
+            A, inflation = self.lorma_A[name], self.inflation[name]
+            if not self._is_plain(name, x) or not kernels.rows_belong_together(tokens, A, inflation):
+                return None
+            return self._acts_on_inputs(name), inflation, len(A)
 
         routes, groups = divide(adapter_names, self.undo, kind_of, x.device)
         for group in groups:
@@ -83,14 +88,16 @@ class ChannelLayer(CallingLayer, LormaLayer):
         """Each row of a group multiplied by its own adapter, all in one batched product."""
         bias = None if bias is None else whole(bias)
         part = x.index_select(0, group.rows)
-        if len(set(group.names)) == 1:
-            return x.index_copy(0, group.rows, self._multiplied(part, group.names[0], bias))
+        names = list(dict.fromkeys(group.names))
+        if len(names) == 1:
+            return x.index_copy(0, group.rows, self._multiplied(part, names[0], bias))
         part = self._channels_last(part)
-        factors = [self._factors(name) for name in group.names]
+        factors = [self._factors(name) for name in names]
         A = torch.stack([a for a, _ in factors])
-        B = torch.stack([b * self.scaling[name] for (_, b), name in zip(factors, group.names, strict=True)])
+        B = torch.stack([b * self.scaling[name] for (_, b), name in zip(factors, names, strict=True)])
+        which = torch.tensor([names.index(name) for name in group.names], device=x.device)
         tokens = part.reshape(len(part), -1, part.shape[-1])
-        product = kernels.multiply(tokens, A, B, 1.0, "plus", bias)
+        product = kernels.multiply_rows(tokens, A, B, which, group.inflation, bias)
         return x.index_copy(0, group.rows, self._channels_back(product.view(part.shape)))
 
     def _forward_several(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
