@@ -1,5 +1,7 @@
 """Every form against the plain matrix definition, with gradients, and in every mode that PyTorch runs code in."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -302,6 +304,19 @@ def test_permutation_makes_nothing_larger_than_the_multiplier_and_no_index(name)
     assert all(t.is_floating_point() or t.is_complex() for t in sizes.made)
     assert max(t.untyped_storage().nbytes() for t in sizes.made) <= 4 * n * n
     assert problem.A.grad is not None
+
+
+@pytest.mark.parametrize("name", ["rotate", "fold_pre", "fold_post"])
+def test_work_space_serves_threads_side_by_side_and_training_after_inference(name):
+    problems = [Problem(name, d=size, k=size, r=r) for size, r in ((40, 2), (33, 3), (7, 1), (40, 5))]
+    rotation.drop_work_space()
+    with torch.inference_mode():
+        problems[0](*problems[0].inputs)
+    for problem in problems:
+        check(problem, **exact)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(check, problem, **exact) for problem in problems * 5]:
+            done.result()
 
 
 def test_a_trained_base_weight_gets_its_gradient():

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lorma.kernels.form import Operands
 
 _ROWS = 512
-_scratch = threading.local()
+_work_space = threading.local()
 
 
 def row_blocks(n: int) -> Iterator[tuple[int, int]]:
@@ -27,6 +27,11 @@ def row_blocks(n: int) -> Iterator[tuple[int, int]]:
     count = min(-(-n // _ROWS), 8)
     step = -(-n // count)
     return ((start, min(start + step, n)) for start in range(0, n, step))
+
+
+def drop_work_space() -> None:
+    """Let go of the memory that this thread holds for blocks (two of at most 512 × 2n numbers, or n/8 × 2n)."""
+    vars(_work_space).clear()
 
 
 def _room(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -37,11 +42,11 @@ def _room(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.
     """
     if device.type != "cpu":
         return torch.empty(rows, columns, dtype=dtype, device=device)
-    held: Tensor | None = getattr(_scratch, name, None)
+    held: Tensor | None = getattr(_work_space, name, None)
     if held is None or held.dtype != dtype or held.numel() < rows * columns:
         with torch.inference_mode(False):
             held = torch.empty(rows * columns, dtype=dtype)
-        setattr(_scratch, name, held)
+        setattr(_work_space, name, held)
     return held[: rows * columns].view(rows, columns)
 
 
@@ -51,7 +56,8 @@ def multiplier_blocks(o: Operands, *, apart: bool = False) -> Iterator[tuple[sli
     It is formed in the precision of the factors and rounded once, so that a small update is whole when it is rounded.
 
     Yields:
-        Which rows, and those rows (c × n) in the dtype of the computation; a view with ``n + c − 1`` from row to row.
+        Which rows, and those rows (c × n) in the dtype of the computation: a view of work space, ``n + c − 1`` numbers
+        from row to row, that holds until the next block is asked for.
     """
     n, precise = o.A.shape[-1], torch.promote_types(o.A.dtype, o.dtype)
     doubled = torch.cat((o.A, o.A), dim=-1).to(precise)
