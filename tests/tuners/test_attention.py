@@ -7,9 +7,10 @@ import torch
 from helpers import randomise
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-from lorma import LormaConfig, hotswap_adapter
+from lorma import LormaConfig, TLoraConfig, hotswap_adapter
 
 
 @pytest.fixture
@@ -110,3 +111,31 @@ def test_a_swap_gives_both_weights_of_an_attention_their_scaling(encoder, tmp_pa
     other = attention(encoder, lorma_alpha=8, rank_pattern={"self_attn": 2})
     hotswap_adapter(other, tmp_path)
     assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize("config", [LormaConfig, TLoraConfig])
+@pytest.mark.parametrize("where", ["in_proj_weight", "out_proj", "parameter"])
+def test_a_parametrized_weight_is_refused_and_left_as_it_is(where, config):
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "l": nn.Linear(8, 8)})
+    places = {"in_proj_weight": model["a"], "out_proj": model["a"].out_proj, "parameter": model["l"]}
+    module, name = places[where], where if where == "in_proj_weight" else "weight"
+    parametrizations.weight_norm(module, name)
+    before = getattr(module, name).detach().clone()
+    target = {"target_parameters": ["l.weight"]} if where == "parameter" else {"target_modules": ["a"]}
+    with pytest.raises(ValueError, match=f"{name} is computed by torch.nn.utils.parametrize and cannot be adapted"):
+        get_peft_model(model, config(r=2, **target))
+    assert torch.equal(getattr(module, name), before)
+
+
+def test_a_parametrized_linear_layer_is_adapted_and_not_merged():
+    model = nn.ModuleDict({"l": parametrizations.weight_norm(nn.Linear(8, 8))})
+    x, before = torch.randn(3, 8), model["l"].weight.detach().clone()
+    adapted = get_peft_model(model, LormaConfig(target_modules=["l"]))
+    randomise(adapted)
+    layer = adapted.base_model.model["l"]
+    expected = layer(x)
+    assert not torch.allclose(expected, layer.base_layer(x))
+    with pytest.raises(ValueError, match="l: weight is computed by torch.nn.utils.parametrize; it cannot be replaced"):
+        layer.merge()
+    assert torch.equal(layer.base_layer.weight, before)
+    assert torch.equal(layer(x), expected)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 from torch import nn
 
 from lorma.tuners.layer import AdapterLayer
-from lorma.tuners.parameter import ParameterLayer, adapted
+from lorma.tuners.parameter import ParameterLayer, adapted, refuse_parametrized
 
 
 class AttentionLayer(ParameterLayer):
@@ -36,6 +36,7 @@ class AttentionLayer(ParameterLayer):
             )
         super().__init__(base_layer, adapter_name, layer_name=layer_name, parameter_name="in_proj_weight", **options)
         out_proj = cast(nn.Module, base_layer.out_proj)
+        refuse_parametrized(out_proj, "weight", f"{layer_name}.out_proj")
         inner = self.inner_class(out_proj, adapter_name, layer_name=f"{layer_name}.out_proj", **options)
         inner.pattern_name = layer_name
         base_layer.out_proj = inner

@@ -22,6 +22,7 @@ from typing import cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lorma.functional.multiplier import widen
 from lorma.tuners.originals import MergeReport, Original, rounding_error
@@ -282,8 +283,12 @@ class MergeableLayer(BaseTunerLayer):
         return cast(nn.Parameter, getattr(self.get_base_layer(), self.weight_name))
 
     def _set_parameter(self, weight: Tensor) -> None:
-        trainable = self._parameter().requires_grad
-        setattr(self.get_base_layer(), self.weight_name, nn.Parameter(weight, requires_grad=trainable))
+        base, name = self.get_base_layer(), self.weight_name
+        if parametrize.is_parametrized(base, name):
+            raise ValueError(
+                f"{self.layer_name}: {name} is computed by torch.nn.utils.parametrize; it cannot be replaced"
+            )
+        setattr(base, name, nn.Parameter(weight, requires_grad=self._parameter().requires_grad))
 
     def _floating_weight(self) -> Tensor:
         weight = self._parameter().data

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lorma.tuners.layer import AdapterLayer
 
@@ -27,6 +28,7 @@ class ParameterLayer(nn.Module, AdapterLayer):
     ) -> None:
         nn.Module.__init__(self)
         self.parameter_name = self.weight_name = parameter_name
+        refuse_parametrized(base_layer, parameter_name, layer_name)
         super(nn.Module, self).__init__(base_layer, layer_name)  # the method's own layer, next in line
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **options)
@@ -44,6 +46,18 @@ class ParameterLayer(nn.Module, AdapterLayer):
     def _refuse_mixed(self, adapter_names: list[str] | None) -> None:
         if adapter_names is not None:
             raise ValueError(f"{self.kind} ({self.layer_name}) does not support mixed batches (adapter_names)")
+
+
+def refuse_parametrized(module: nn.Module, name: str, layer_name: str) -> None:
+    """Raise ``ValueError`` if a weight is computed by ``torch.nn.utils.parametrize``.
+
+    Putting an adapted one in its place would write to what it is computed from.
+    """
+    if parametrize.is_parametrized(module, name):
+        raise ValueError(
+            f"{layer_name}: {name} is computed by torch.nn.utils.parametrize and cannot be adapted as a parameter; "
+            "remove the parametrization first (remove_parametrizations), or name a linear layer in target_modules"
+        )
 
 
 @contextmanager
