@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+from export_cases import filled
 from helpers import adapted
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from lorma import InputError, TLoraConfig
+from lorma import InputError, LormaConfig, TLoraConfig
 from lorma.export.base import Base
 from lorma.export.compose import compose
+from lorma.files import META_FILE
 from tuners.conftest import Mlp
 
 KINDS = {
@@ -151,3 +153,84 @@ def test_biases_of_the_second_adapter_are_kept(double, tmp_path):
     first = saved(double, tmp_path / "1", 1)
     second = saved(double, tmp_path / "2", 2, bias="lorma_only")
     assert compose(first, second, tmp_path / "both").config.bias == "lorma_only"
+
+
+def named(folder, name):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    return folder
+
+
+def test_one_base_may_be_written_in_several_ways(double, tmp_path, monkeypatch):
+    first, second = saved(double, tmp_path / "a", 2), saved(double, tmp_path / "b", 3)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    named(first, str(tmp_path / "base"))
+    for name in (f"{tmp_path}/base/", "base", "./base"):
+        compose(first, named(second, name), tmp_path / "c")
+    for name in (str(tmp_path / "other"), "organisation/model"):
+        with pytest.raises(InputError, match="differ in base_model_name_or_path"):
+            compose(first, named(second, name), tmp_path / "d")
+
+
+def test_a_base_that_is_given_need_not_be_the_one_the_adapters_name(tiny_bert, tmp_path):
+    bert = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    first = named(saved(bert, tmp_path / "a", 2, target_modules=["query"]), "/gone/base")
+    second = named(saved(bert, tmp_path / "b", 3, target_modules=["query"]), "organisation/model")
+    compose(first, second, tmp_path / "c", base=Base(str(tiny_bert), auto_model="AutoModelForSequenceClassification"))
+    assert (tmp_path / "c").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_module_that_one_adapts_and_the_other_trains_whole(module, bases, tmp_path):
+    folder, model, _ = bases["llama"]
+    one, two = tmp_path / "adapts", tmp_path / "whole"
+    filled(model, LormaConfig(r=2, target_modules=["q_proj", module])).save_pretrained(one, save_embedding_layers=True)
+    filled(model, LormaConfig(r=2, target_modules=["q_proj"], modules_to_save=[module])).save_pretrained(two)
+    for first, second in ((one, two), (two, one)):
+        for base in (None, Base(str(folder), auto_model="AutoModelForCausalLM")):
+            with pytest.raises(InputError, match=f"{one} adapts .*{module}, which {two} has trained whole"):
+                compose(first, second, tmp_path / "c", base=base)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_layer_inside_a_module_that_is_trained_whole(bases, tmp_path):
+    _, model, _ = bases["llama"]
+    one, two = tmp_path / "adapts", tmp_path / "whole"
+    filled(model, LormaConfig(r=2, target_modules=["q_proj", "up_proj"])).save_pretrained(one)
+    filled(model, LormaConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"])).save_pretrained(two)
+    with pytest.raises(InputError, match="layers.0.mlp.up_proj, which .* has trained whole"):
+        compose(two, one, tmp_path / "c")
+
+
+def test_a_rank_that_could_not_be_read_again_is_refused_before_anything_is_written(tmp_path):
+    from lorma.tuners.adapter_file import WIDE_RANK
+
+    folder, rank = tmp_path / "a", WIDE_RANK // 2 + 1
+    folder.mkdir()
+    name = "base_model.model.q.lorma_"
+    save_file({f"{name}A": torch.ones(rank, 1), f"{name}B": torch.ones(1, rank)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORMA", "r": rank, "target_modules": ["q"]}))
+    with pytest.raises(InputError, match=f"q: the product would have rank {2 * rank}; allowed: .* 1, or {WIDE_RANK}"):
+        compose(folder, folder, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_description_of_the_task_is_not_read_through_a_link(double, tmp_path, cli):
+    first, second = saved(double, tmp_path / "a", 2), saved(double, tmp_path / "b", 3)
+    (tmp_path / "secret").write_text(json.dumps({"key": "secret"}))
+    (second / META_FILE).symlink_to(tmp_path / "secret")
+    done = cli("compose", first, second, "-o", tmp_path / "c")
+    assert done.code == 2
+    assert f"{META_FILE} is a link that leads out of the folder" in done.err
+    assert not (tmp_path / "c").exists()
+    (second / META_FILE).unlink()
+    (first / META_FILE).write_text(json.dumps({"task": "ö"}))
+    compose(first, second, tmp_path / "c")
+    assert (tmp_path / "c" / META_FILE).read_bytes() == (first / META_FILE).read_bytes()
+    (second / META_FILE).write_text(json.dumps({"task": "2"}))
+    for heads, kept in ((None, second), ("first", first)):
+        compose(first, second, tmp_path / "c", heads_from=heads)
+        assert (tmp_path / "c" / META_FILE).read_bytes() == (kept / META_FILE).read_bytes()

@@ -1,5 +1,11 @@
 """What ``lorma doctor`` finds out about an adapter without its base model."""
 
+import json
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from helpers import adapted
@@ -7,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lorma import TLoraConfig
-from lorma.export.doctor import environment, examine
+from lorma.export.doctor import WIDEST, environment, examine
 from tuners.conftest import Mlp
 
 
@@ -47,7 +53,7 @@ def test_healthy_adapters(config, method, lora, mlp, tmp_path):
     if config.get("inflation", "plus") == "plus":
         layer = model.base_model.model.up
         A, B, s = (layer.lorma_A["default"].double(), layer.lorma_B["default"].double(), layer.scaling["default"])
-        expected = torch.linalg.cond(torch.eye(2) + s * (A @ B)).item()
+        expected = torch.linalg.cond(torch.eye(A.shape[1]) + s * (B @ A)).item()
         assert health.layers[2].condition == pytest.approx(expected)
 
 
@@ -96,6 +102,59 @@ def test_broken_adapters_exit_with_1(change, message, mlp, tmp_path, cli):
     found = cli("doctor", tmp_path)
     assert found.code == 1
     assert f"broken: {message}" in found.out
+
+
+def test_how_a_product_is_split_does_not_matter(mlp, tmp_path):
+    adapted(mlp, r=2).save_pretrained(tmp_path)
+    before = examine(tmp_path)
+
+    def split(tensors):
+        tensors["base_model.model.up.lorma_A"][0] *= 1e7
+        tensors["base_model.model.up.lorma_B"][:, 0] /= 1e7
+
+    damage(tmp_path, split)
+    after = examine(tmp_path)
+    assert after.faults == []
+    assert [layer.condition for layer in after.layers] == pytest.approx([layer.condition for layer in before.layers])
+
+
+def test_a_rank_far_above_the_width_is_refused_before_anything_is_made(tmp_path, cli):
+    write_factors(tmp_path, 40_000, 1)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 400_000
+    found = cli("doctor", tmp_path)
+    assert found.code == 2
+    assert "a rank of 40000 may be at most its other dimension, 1, or 4096" in found.err
+
+
+def test_the_smaller_decomposition_is_made_and_none_that_is_too_large(tmp_path):
+    for r, n, known in ((4096, 2, True), (2, 4096, True), (WIDEST, 2 * WIDEST, False)):
+        write_factors(tmp_path, r, n)
+        start = time.monotonic()
+        condition = examine(tmp_path).layers[0].condition
+        assert (condition is not None) is known
+        assert time.monotonic() - start < 5
+
+
+def write_factors(folder, r, n):
+    generator = torch.Generator().manual_seed(0)
+    name = "base_model.model.q.lorma_"
+    A, B = (0.01 * torch.randn(shape, generator=generator) for shape in ((r, n), (n, r)))
+    save_file({f"{name}A": A, f"{name}B": B}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORMA", "r": r, "target_modules": ["q"]}))
+
+
+def test_a_terminal_that_knows_only_ascii(mlp, tmp_path):
+    adapted(mlp, r=2).save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorma", "doctor", str(tmp_path)],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ? 10" in done.stdout
+    assert done.stdout.rstrip().endswith("healthy")
 
 
 def test_exit_codes(tmp_path, cli):

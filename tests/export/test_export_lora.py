@@ -18,6 +18,7 @@ from lorma.export import Base, Truncation, export_lora, export_lora_state_dict
 from lorma.export.forms import LoraForm
 from lorma.export.lora import _as_peft
 from lorma.export.merge import merge
+from lorma.files import META_FILE
 from lorma.tuners.adapter_file import WEIGHTS_NAME
 
 TINY = LormaConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
@@ -267,3 +268,31 @@ def test_the_output_may_not_be_an_input(bases, tmp_path):
         export_lora(adapter, tmp_path / "file", base=base_for("llama", folder), overwrite=True)
     assert (adapter / WEIGHTS_NAME).is_file()
     assert (folder / "config.json").is_file()
+
+
+def test_the_description_of_the_task_is_not_read_through_a_link(exported_case, tmp_path):
+    folder, _, _, _, adapter = exported_case("bert", TINY)
+    base = base_for("bert", folder)
+    (tmp_path / "secret").write_text(json.dumps({"key": "secret"}))
+    (adapter / META_FILE).symlink_to(tmp_path / "secret")
+    for write in (
+        lambda output: export_lora(adapter, output, base=base),
+        lambda output: merge(adapter, output, base, verify=False),
+    ):
+        with pytest.raises(InputError, match=f"{META_FILE} is a link that leads out of the folder"):
+            write(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    (adapter / META_FILE).unlink()
+    (adapter / META_FILE).write_text(json.dumps({"task": "ö"}))
+    export_lora(adapter, tmp_path / "lora", base=base)
+    merge(adapter, tmp_path / "merged", base, verify=False)
+    for output in ("lora", "merged"):
+        assert (tmp_path / output / META_FILE).read_bytes() == (adapter / META_FILE).read_bytes()
+
+
+def test_what_needs_no_truncation_is_reported_as_exact(exported_case, tmp_path):
+    for name, inflation, exact in (("plus", "plus", True), ("none", "none", False)):
+        config = LormaConfig(r=2, inflation=inflation, task_type="SEQ_CLS", target_modules=["query"])
+        folder, _, _, _, adapter = exported_case("bert", config)
+        export_lora(adapter, tmp_path / name, base=base_for("bert", folder), truncation=Truncation(4))
+        assert json.loads((tmp_path / name / "export.json").read_text())["exact"] is exact

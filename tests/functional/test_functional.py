@@ -148,11 +148,14 @@ def test_inverse_of_permutation_and_none():
 
 def test_condition_numbers():
     A, B = factors(6, 2)
-    core = torch.eye(2, dtype=torch.float64) + 0.5 * A @ B
-    assert_close(F.condition_number(A, B, 0.5, "plus"), torch.linalg.cond(core))
-    assert_close(
-        F.condition_number(A, B, 0.5, "permutation"), torch.linalg.cond(plain_multiplier(A, B, 0.5, "permutation"))
-    )
+    for inflation in ("plus", "permutation"):
+        expected = torch.linalg.cond(plain_multiplier(A, B, 0.5, inflation))
+        assert_close(F.condition_number(A, B, 0.5, inflation), expected)
+    A, B = factors(9, 2)
+    for size in (1e-7, 1, 1e7):
+        split = torch.tensor([size, 1], dtype=torch.float64)
+        expected = torch.linalg.cond(plain_multiplier(A, B, 0.5, "plus"))
+        assert_close(F.condition_number(split[:, None] * A, B / split, 0.5, "plus"), expected, rtol=1e-6, atol=0)
     assert F.condition_number(A, B, 0.5, "none").isinf()
     low = F.condition_number(A.bfloat16(), B.bfloat16(), 0.5, "plus")
     assert low.dtype == torch.float32

@@ -135,6 +135,7 @@ def test_pickles_are_not_read(folder):
         (torch.zeros(2, 6, dtype=torch.float8_e4m3fn), "allowed: F64"),
         (torch.zeros(0, 6), "a factor holds floating-point numbers"),
         (torch.zeros(2), "states rank"),
+        (torch.zeros(6, 5000), r"shape \[6, 5000\]; a rank of 5000 may be at most its other dimension, 6, or 4096"),
     ],
 )
 def test_hostile_weights(folder, tensor, message):
@@ -162,7 +163,17 @@ def test_a_header_that_lies_about_its_length(folder, length):
         r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn).*?(?:q_proj|k_proj|v_proj).*?)",
         r"layers\.([0-9]|1[0-5])\.mlp",
         "(a|b|c)*",
+        ".*q_proj",
+        "(q|k|v)_proj",
+        r"layers\.\d+\.(self_attn|mlp)\..*",
+        r"^model\.layers\.(1[0-9]|2[0-3])\..*(q|v)_proj$",
+        r"(.*\.)?(query|value)$",
+        r"(^|.*\.)classifier($|\..*)",
+        r"(?:language_model\.)?model\.layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj",
+        r"(?i).*\.(Q_proj|V_proj)",
+        r"(?i:x(?-i:(?:ab|cd)*))",
         LAYERS,
+        f"(?i){LAYERS}",
         "",
     ],
 )
@@ -173,11 +184,31 @@ def test_patterns_that_people_write(pattern):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+$", "(.*)*", "(a|a)*b", "(a?)" * 30, "(a|a)" * 30, ".*" * 8, r"(\w+\.)*x", "((a{1,9}){1,9}){1,9}"]
+    "pattern",
+    [
+        *("(a+)+$", "(.*)*", "(a|a)*b", "(a?)" * 30, "(a|a)" * 30, ".*" * 8, r"(\w+\.)*x", "((a{1,9}){1,9}){1,9}"),
+        *("(?i)(?:ab|AB)*c", "(?i:(?:ab|AB)*c)", "(?:(?i:ab|AB))*c", "(?i:x(?-i:y(?i:ab|AB)*))"),
+        "(?:abcdefghij|abcdefghi.|abcdefgh.j|abcdefg.ij)*x",
+        f"(?:{'a' * 41})?" * 30,
+    ],
 )
 def test_patterns_that_backtrack(pattern):
     with pytest.raises(ValueError, match="can take very long to match"):
         LormaConfig(target_modules=pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "unit"),
+    [("(?i:(?:ab|AB)*c)", "ab"), ("(?:abcdefghij|abcdefghi.|abcdefgh.j|abcdefg.ij)*x", "abcdefghij")],
+)
+def test_patterns_that_backtrack_on_long_names_in_a_file(pattern, unit, folder):
+    weights, name = folder / "adapter_model.safetensors", "base_model.model." + (unit * 100)[:200]
+    save_file({f"{name}.lorma_A": torch.zeros(2, 6), f"{name}.lorma_B": torch.zeros(6, 2)}, weights)
+    change(folder, rank_pattern={pattern: 2})
+    start = time.monotonic()
+    with pytest.raises(InputError, match="can take very long to match"):
+        read_adapter(folder)
+    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

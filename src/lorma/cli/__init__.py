@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -45,6 +46,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.insert(1, sys.argv.pop(sys.argv.index("--debug")))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal gets a question mark for what it cannot show
+        sys.stdout.reconfigure(errors="replace")
     errors = plain_console(stderr=True)
     try:
         app(prog_name="lorma")

@@ -6,7 +6,7 @@ The files alone say all that is needed for ordinary layers of which the side is 
 
 from __future__ import annotations
 
-import shutil
+import itertools
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +21,11 @@ from lorma.errors import InputError, one_line
 from lorma.export.base import Base, meta_model
 from lorma.files import META_FILE, write_folder
 from lorma.functional.multiplier import Side
-from lorma.tuners.adapter_file import PREFIX, WEIGHTS_NAME, AdapterFile, part_of, read_adapter
+from lorma.tuners.adapter_file import PREFIX, WEIGHTS_NAME, WIDE_RANK, AdapterFile, part_of, read_adapter
 from lorma.tuners.lorma import LormaConfig, LormaLayer
 from lorma.tuners.lorma.files import LayerFile, config_name, layers_of, parts_of, scaling_of, split_factors
 from lorma.tuners.lorma.weighted import layerwise_config, product
+from lorma.tuners.untrusted import copy_json
 
 HeadsFrom = Literal["first", "second"]
 
@@ -65,7 +66,9 @@ def compose(
     one, two = read_adapter(first), read_adapter(second)
     for adapter in (one, two):
         _check_kind(adapter)
-    _check_pair(one, two)
+    _check_pair(one, two, base)
+    _check_whole(one, two)
+    _check_whole(two, one)
     others = _others(one, two, heads_from)
     places = _places_in(base, one, two) if base is not None else None
     try:
@@ -78,9 +81,9 @@ def compose(
         folder.mkdir()
         save_file(tensors | others, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
-        kept = _meta_source(one, two, heads_from)
-        if kept is not None:
-            shutil.copyfile(kept, folder / META_FILE)
+        for adapter in (one, two) if heads_from == "first" else (two, one):
+            if copy_json(adapter.folder, META_FILE, folder):
+                break
 
     write_folder(output, fill)
     return read_adapter(output)
@@ -103,14 +106,40 @@ def _check_kind(adapter: AdapterFile) -> None:
         raise InputError(f"{adapter.folder} has use_dora=True, which is no product of low rank and cannot be composed")
 
 
-def _check_pair(one: AdapterFile, two: AdapterFile) -> None:
+def _check_pair(one: AdapterFile, two: AdapterFile, base: Base | None) -> None:
     a, b = (adapter.config for adapter in (one, two))
-    for key in ("base_model_name_or_path", "task_type", "fused_projections", "target_parameters"):
+    keys = ["task_type", "fused_projections", "target_parameters"]
+    bases = [name for name in (a.base_model_name_or_path, b.base_model_name_or_path) if name]
+    if base is None and len({_place_of(name) for name in bases}) > 1:
+        keys.insert(0, "base_model_name_or_path")
+    for key in keys:
         ours, theirs = getattr(a, key) or None, getattr(b, key) or None
-        if ours != theirs and (key != "base_model_name_or_path" or (ours and theirs)):
+        if ours != theirs:
             raise InputError(
                 f"{one.folder} and {two.folder} differ in {key} ({ours!r} and {theirs!r}); only adapters of one base "
                 "model, task and kind can be composed"
+            )
+
+
+def _place_of(name: str) -> str:
+    """The directory that a base model's name leads to, in full; a hub name as it is."""
+    try:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if path.is_dir() else name
+    except (OSError, ValueError, RuntimeError):  # too long for a path, a zero byte, an unknown user
+        return name
+
+
+def _check_whole(adapting: AdapterFile, whole: AdapterFile) -> None:
+    """Refuse layers of one adapter in modules that the other has trained whole; names match as PEFT matches them."""
+    names = tuple(whole.config.modules_to_save or ())  # type: ignore[attr-defined]
+    for name in adapting.modules("lorma_A"):
+        layer = name.removeprefix(PREFIX).replace(".base_layer", "")
+        outer = itertools.accumulate(layer.split("."), "{}.{}".format)
+        if names and any(path.endswith(names) for path in outer):
+            raise InputError(
+                f"{adapting.folder} adapts {layer}, which {whole.folder} has trained whole (modules_to_save); one "
+                "adapter cannot do both"
             )
 
 
@@ -145,6 +174,11 @@ def _products(one: AdapterFile, two: AdapterFile, places: Places | None) -> tupl
                 "adapters multiply different sides or belong to different base models"
             )
         rank = sum(len(layer.A) for layer in present)
+        if rank > max(present[0].A.shape[1], WIDE_RANK):
+            raise InputError(
+                f"{name}: the product would have rank {rank}; allowed: the factors' width, {present[0].A.shape[1]}, or "
+                f"{WIDE_RANK}"
+            )
         dtype = max((layer.A.dtype for layer in present), key=lambda dtype: dtype.itemsize)
         A = torch.zeros(rank, present[0].A.shape[1], dtype=dtype)
         B = torch.zeros(A.shape[::-1], dtype=dtype)
@@ -239,9 +273,3 @@ def _config(
         base_model_name_or_path=a.base_model_name_or_path or b.base_model_name_or_path,
     )
     return config
-
-
-def _meta_source(one: AdapterFile, two: AdapterFile, heads_from: HeadsFrom | None) -> Path | None:
-    order = (one, two) if heads_from == "first" else (two, one)
-    found = [adapter.folder / META_FILE for adapter in order if (adapter.folder / META_FILE).is_file()]
-    return found[0] if found else None

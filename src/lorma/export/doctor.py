@@ -23,7 +23,8 @@ from lorma.tuners.lorma.files import LayerFile, layers_of, parts_of
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets")
 OPTIONAL = ("bitsandbytes", "torchao", "triton", "gguf", "llama_cpp_python", "trl", "deepspeed")
 WIDEST = 1024
-"""Width up to which multipliers that only an n × n decomposition can judge are judged (0.3 seconds on one core)."""
+"""Width up to which matrices are decomposed to judge a multiplier: 2r (at most n) for ``plus``, n for the others. 0.3
+seconds on one core."""
 SINGULAR = 1e12
 """Condition number from which a multiplier counts as singular: in float64 four digits are left."""
 
@@ -38,7 +39,7 @@ class LayerHealth:
         shapes: of its weights, in the order of their names.
         dtype: of its weights.
         finite: whether all their numbers are.
-        condition: condition number of what has to be solved to undo it, ``I_r + s·AB`` for ``plus``; None if unknown.
+        condition: condition number of its multiplier, of its worst slice; None if unknown.
     """
 
     name: str
@@ -129,7 +130,8 @@ def _condition(config: Any, layer: LayerFile) -> float | None:
         return None
     if config.target_parameters and config.alpha_pattern:  # patterns know experts by names that the file does not say
         return None
-    if config.inflation != "plus" and max(A.shape[-1] for A, _ in parts) > WIDEST:
+    plus = config.inflation == "plus"
+    if max(min(A.shape[-1], 2 * A.shape[-2]) if plus else A.shape[-1] for A, _ in parts) > WIDEST:
         return None
     numbers = [functional.condition_number(A.double(), B.double(), layer.scaling, config.inflation) for A, B in parts]
     return max(float(number) for number in numbers)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from lorma.export.truncation import Truncation
 from lorma.files import META_FILE, write_folder
 from lorma.tuners.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_config
 from lorma.tuners.kinds import patterns
+from lorma.tuners.untrusted import copy_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 REPORT_FILE = "export.json"
@@ -96,11 +96,15 @@ def export_lora(
         temporary.mkdir(parents=True)
         config.save_pretrained(str(temporary))
         save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        about = {"method": str(adapted.config.peft_type.value), "dtype": dtype, "uniform_rank": uniform_rank}
-        content = {**about, "exact": not truncation, "layers": [asdict(report) for report in reports]}
+        content = {
+            "method": str(adapted.config.peft_type.value),
+            "dtype": dtype,
+            "uniform_rank": uniform_rank,
+            "exact": all(report.error is None for report in reports),
+            "layers": [asdict(report) for report in reports],
+        }
         (temporary / REPORT_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
-        if (folder / META_FILE).is_file():
-            shutil.copyfile(folder / META_FILE, temporary / META_FILE)
+        copy_json(folder, META_FILE, temporary)
 
     write_folder(output, fill)
     return reports

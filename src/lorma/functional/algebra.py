@@ -24,18 +24,16 @@ def _core(A: Tensor, B: Tensor, scaling: Scaling) -> Tensor:
 
 
 def condition_number(A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation) -> Tensor:
-    """2-norm condition number of the matrix that has to be solved to undo the multiplier; shape (…).
+    """2-norm condition number of the multiplier; shape (…), in at least float32.
 
-    For ``plus`` that is ``I_r + s·AB`` (r × r), for the others the n × n multiplier. Infinite when singular, which the
-    multiplier of ``none`` always is for r < n. Computed in at least float32.
+    It depends on the product BA alone. That of ``I_r + s·AB`` also depends on how BA is split: 10⁷·A and 10⁻⁷·B are the
+    same multiplier, and may make it 10¹³ times larger. Infinite when singular, which ``none`` always is for r < n.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``inflation`` is unknown.
     """
-    check_factors(A, B)
-    check_inflation(inflation)
-    A, B = widen(A), widen(B)
-    matrix = _core(A, B, scaling) if inflation == "plus" else multiplier(A, B, scaling, inflation)
-    if inflation == "none" and A.shape[-2] < A.shape[-1]:
-        return torch.full(matrix.shape[:-2], torch.inf, dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.cond(matrix)
+    largest, smallest = singular_range(A, B, scaling, inflation)
+    return largest / smallest
 
 
 def invert_plus(A: Tensor, B: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:

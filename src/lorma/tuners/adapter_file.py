@@ -6,6 +6,7 @@ other (ranks, names of weights), and are read without importing or running anyth
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -37,18 +38,13 @@ MAX_WORK = 2 * 10**8
 """Ways to match all patterns on all weights: some four seconds. They grow with the fourth power of a name's length."""
 FROM_PEFT = ("LORA", "ADALORA", "VERA", "HIRA", "OFT")
 """PEFT's own methods that are read: those that recipes can name. Others load further files or tokenizers by name."""
-REFUSED_FIELDS = (
-    "layer_replication",
-    "megatron_config",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "arrow_config",
-)
+REFUSED_FIELDS = """layer_replication megatron_config loftq_config eva_config corda_config lora_ga_config
+    arrow_config""".split()
 """Fields of those with which PEFT imports modules or computes on data; a trained adapter needs none of them."""
 MODEST_RANK = 256
 """A stated rank up to this is allowed where no weight is as wide: TLoRA's files hold nothing wider than their ranks."""
+WIDE_RANK = 4096
+"""A rank above this may not exceed the weight's other dimension: r × r numbers would be more than the file holds."""
 RANK_DIMENSION = {
     **{
         f"{method}_{factor}": int(factor == "B")
@@ -186,13 +182,17 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
     least = int(config.peft_type != "ADALORA")  # which may leave a layer without a rank
     factors = {name: info for name, info in tensors.items() if part_of(name) in RANK_DIMENSION}
     for name, (shape, dtype) in factors.items():
-        numbers = 1
-        for size in shape:
-            numbers *= size
+        numbers = math.prod(shape)
         if not dtype.is_floating_point or not shape or not least <= numbers <= MAX_FACTOR:
             raise InputError(
                 f"{path}: {name} is of type {dtype} and shape {list(shape)}; a factor holds floating-point numbers, "
                 f"at least {least} and at most {MAX_FACTOR:,}"
+            )
+        r = shape[RANK_DIMENSION[part_of(name)]] if len(shape) > 1 else 0
+        if r > WIDE_RANK and r > numbers // r:
+            raise InputError(
+                f"{path}: {name} has shape {list(shape)}; a rank of {r} may be at most its other dimension, "
+                f"{numbers // r}, or {WIDE_RANK}"
             )
     widest = max((size for shape, _ in factors.values() for size in shape), default=0)
     stated = [getattr(config, name, None) for name in ("r", "init_r", "target_r")]

@@ -62,6 +62,24 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         InputError: as :func:`file_within`; or it is larger than ``MAX_JSON``, nested too deeply, no JSON object, or
             holds NaN or infinity.
     """
+    return _read_json(folder, name)[1]
+
+
+def copy_json(folder: Path, name: str, target: Path) -> bool:
+    """Write the JSON file ``name`` of a folder, as :func:`read_json` reads it, into ``target``.
+
+    Returns: whether the folder has such a file; nothing is written where it has none.
+
+    Raises:
+        InputError: as :func:`read_json`.
+    """
+    if not (folder / name).is_symlink() and not (folder / name).exists():
+        return False
+    (target / name).write_bytes(_read_json(folder, name)[0])
+    return True
+
+
+def _read_json(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
     path = file_within(folder, name)
     try:
         with path.open("rb") as file:
@@ -77,7 +95,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object")
-    return content
+    return raw, content
 
 
 def _refuse_constant(text: str) -> NoReturn:
