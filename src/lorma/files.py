@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from lorma.errors import InputError
 
 META_FILE = "lorma_task.json"
 """Lies beside trained weights and says which model and which kind of data they belong to."""
@@ -27,16 +30,27 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let ``fill`` write a folder under a temporary name, then put it in the place of ``path``."""
-    path = path.absolute()
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
+    """Let ``fill`` make a folder under a temporary name, then put it in the place of ``path``.
+
+    Both the new folder and the replaced one lie in a hidden folder of this run's own, which a kill leaves behind. A
+    link to a folder is followed, as what it leads to is replaced.
+
+    Raises:
+        InputError: the directory that the folder is to lie in cannot be written.
+    """
+    path = path.resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error.strerror}") from None
+    temporary, old = place / "new", place / "old"
     try:
         fill(temporary)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(place, ignore_errors=True)

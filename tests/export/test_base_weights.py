@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lorma import InputError, LormaConfig
 from lorma.export import Base, export_lora
@@ -47,6 +48,11 @@ def test_a_model_loaded_whole_gives_the_same(bases):
     assert "classifier.weight" not in weights
 
 
+def changed(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
 @pytest.fixture
 def copied(bases, tmp_path):
     def copy(name):
@@ -54,6 +60,20 @@ def copied(bases, tmp_path):
         return tmp_path / "copy"
 
     return copy
+
+
+def test_a_single_file_goes_before_an_index(copied):
+    """As transformers reads it; the shards that the index names may be gone."""
+    folder = copied("llama")
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    other.model.norm.weight.data.fill_(7.0)
+    other.save_pretrained(folder / "other")
+    (folder / "other" / "model.safetensors").rename(folder / "model.safetensors")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).model.norm.weight, other.model.norm.weight)
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    _, weights = opened(folder, "llama")
+    assert torch.equal(weights.read("model.norm.weight"), other.model.norm.weight)
 
 
 @pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/passwd", "weights.bin", 7])
@@ -75,8 +95,10 @@ def test_an_index_cannot_lead_elsewhere(shard, copied):
         (lambda f: save_file({"other": torch.ones(1)}, f / "model.safetensors"), "has no weight of it, but other"),
         (lambda f: (f / "config.json").unlink(), "cannot be read"),
         (lambda f: (f / "config.json").write_text("{}"), "cannot be read"),
+        (lambda f: changed(f, n_layer="two"), "cannot be read: .*n_layer.* expected int"),
+        (lambda f: changed(f, n_head=0), "cannot be (read|built): "),
     ],
-    ids=["missing", "broken", "foreign", "no-config", "empty-config"],
+    ids=["missing", "broken", "foreign", "no-config", "empty-config", "wrong-type", "no-heads"],
 )
 def test_bases_that_cannot_be_used(spoil, reason, copied):
     folder = copied("gpt2")

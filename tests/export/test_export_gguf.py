@@ -7,8 +7,9 @@ import torch
 from export_cases import filled, logits
 
 from lorma import InputError, LormaConfig, TLoraConfig
-from lorma.export import Base, Truncation, export_gguf
+from lorma.export import Base, Truncation, export_gguf, export_lora
 from lorma.export.gguf import ARCHITECTURES, pair_rotary_rows
+from lorma.export.merge import merge
 
 gguf = pytest.importorskip("gguf")
 from tiny_gguf import answers, tiny, to_pairs, write_base  # noqa: E402
@@ -123,6 +124,26 @@ def test_other_outputs_and_architectures_are_refused(exported_case, tmp_path):
         export_gguf(
             adapter, tmp_path / "a.gguf", base=Base(str(folder), auto_model="AutoModelForSequenceClassification")
         )
+
+
+def test_an_adapter_file_is_no_base_model(made, tmp_path):
+    folder, _, _, adapter = made("llama", LormaConfig(r=2, target_modules=["q_proj"]))
+    export_gguf(adapter, tmp_path / "lora.gguf", base=Base(str(folder)))
+    base = Base(str(tmp_path), gguf_file="lora.gguf")
+    for export in (export_lora, merge):
+        with pytest.raises(InputError, match="lora.gguf is a GGUF file of the type 'adapter', not a model"):
+            export(adapter, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cut", [0, 3, 20, 30, 60])
+def test_a_base_file_that_ends_early_is_refused(cut, made, tmp_path):
+    _, model, _, adapter = made("llama", LormaConfig(r=2, target_modules=["q_proj"]))
+    write_base(tmp_path / "base.gguf", model, "llama")
+    whole = (tmp_path / "base.gguf").read_bytes()
+    (tmp_path / "base.gguf").write_bytes(whole[:cut])
+    with pytest.raises(InputError, match="cannot be read"):
+        merge(adapter, tmp_path / "out", base=Base(str(tmp_path), gguf_file="base.gguf"))
 
 
 @needs_llama_cpp

@@ -1,6 +1,8 @@
 """Merged checkpoints: plain transformers models that answer as the adapted ones do."""
 
+import copy
 import json
+import shutil
 import signal
 import time
 
@@ -83,10 +85,9 @@ def test_half_precision_is_kept(dtype, bases, tmp_path):
     from export_cases import filled
 
     _, model, _ = bases["llama"]
-    half = model.to(dtype)
+    half = copy.deepcopy(model).to(dtype)
     half.save_pretrained(tmp_path / "base")
     filled(half, LormaConfig(target_modules=["q_proj", "up_proj"])).save_pretrained(tmp_path / "adapter")
-    model.float()
     done = merge(tmp_path / "adapter", tmp_path / "merged", Base(str(tmp_path / "base")))
     assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {dtype}
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
@@ -147,6 +148,24 @@ def test_the_command(recipe_file, tmp_path, cli):
     assert cli("merge", tmp_path / "nothing", "-o", tmp_path / "m").code == 2
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["by-lorma", "by-peft"])
+def test_a_base_that_is_not_there(trained, exported_case, tmp_path, cli):
+    _, _, _, _, adapter = exported_case("llama", LormaConfig(target_modules=["q_proj"]))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
+    if trained:
+        data = {"task": "causal-lm", "format": "text", "text": "text", "labels": None, "max_length": 8}
+        meta = {"model": {"name": "/gone/base"}, "data": data}
+        (adapter / "lorma_task.json").write_text(json.dumps(meta))
+    key = "model.name" if trained else "base_model_name_or_path"
+    done = cli("merge", adapter, "-o", tmp_path / "merged")
+    assert done.code == 2
+    assert f"{adapter}: {key}='/gone/base' is neither an alias" in done.err
+    assert "name the base model with --base" in done.err
+    done = cli("merge", adapter, "-o", tmp_path / "merged", "--base", "/gone/other.gguf")
+    assert (done.code, "--base='/gone/other.gguf' is neither an alias" in done.err) == (2, True)
+
+
 @pytest.mark.slow
 def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
     from export_cases import filled
@@ -156,24 +175,25 @@ def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8))
     model.save_pretrained(tmp_path / "base", max_shard_size="20MB")
     filled(model, LormaConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
-    merged, unfinished = tmp_path / "merged", tmp_path / ".merged.tmp"
+    merged = tmp_path / "merged"
     arguments = ("merge", tmp_path / "adapter", "-o", merged, "--base", tmp_path / "base")
     killed = 0
     for shards in (1, 3, 6):
         process = start_cli(*arguments)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            if len(list(unfinished.glob("*.safetensors"))) >= shards:
+            if len(list(tmp_path.glob(".merged.*.tmp/new/*.safetensors"))) >= shards:
                 break
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
         assert not merged.exists()
-        assert not (tmp_path / "merged" / "config.json").exists()
+        for left in tmp_path.glob(".merged.*.tmp"):
+            shutil.rmtree(left)
     assert killed == 3
     done = cli_process(*arguments)
     assert done.code == 0, done.err
-    assert not unfinished.exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "base", "merged"]
     assert len(AutoModelForCausalLM.from_pretrained(merged).model.layers) == 8
     assert isinstance(model, nn.Module)

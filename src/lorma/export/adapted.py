@@ -23,6 +23,7 @@ from lorma.errors import InputError, one_line
 from lorma.export.base import Base, meta_model
 from lorma.export.weights import BaseWeights, LoadedWeights, open_weights
 from lorma.tuners.adapter_file import PREFIX, read_adapter
+from lorma.tuners.bottleneck import BottleneckConfig
 from lorma.tuners.config import AdapterConfig
 from lorma.tuners.layer import AdapterLayer
 
@@ -35,17 +36,21 @@ class Adapted:
 
     Attributes:
         config: the adapter's configuration.
+        base: the base model, with as many labels as the adapter's head has.
         peft_model: the model with the adapter injected; parameters of the base are on the meta device.
         weights: the base model's weights, by their names in the model.
         others: what the adapter's file holds beside the factors, by its names there: trained heads and biases.
+        copies: names in the base model of weights of which the adapter's file holds a copy.
         tensors: parameters and saved buffers of the base model (meta), tied ones under each of their names.
         parameter_names: names in the base model of each parameter of ``peft_model``, by ``id``.
     """
 
     config: Any
+    base: Base
     peft_model: Any
     weights: BaseWeights
     others: dict[str, Tensor]
+    copies: set[str]
     tensors: dict[str, Tensor]
     parameter_names: dict[int, str]
 
@@ -93,7 +98,13 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
         InputError: files that cannot be read, an adapter of another library, or one that does not fit this base.
     """
     config, tensors = read_folder(folder)
+    own = own_part(config)
+    others = {key: value for key, value in tensors.items() if not own(key)}
     model = meta_model(base, config.task_type)
+    labels = _labels(model, others)
+    if labels is not None and "num_labels" not in base.model_kwargs:
+        base = replace(base, model_kwargs={**base.model_kwargs, "num_labels": labels})
+        model = meta_model(base, config.task_type)
     weights = open_weights(base, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = dict(model.state_dict(keep_vars=True))
@@ -103,14 +114,12 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
             # On a copy, into which PEFT writes the targets and the place where it found the model.
             peft_model: Any = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
             tuner = type(peft_model.base_model)
-            own = own_part(config)
             factors = {key: value for key, value in tensors.items() if own(key)}
             # Not PEFT's whole loading, which moves the factors to the base's device, here meta.
             placed = tuner._remap_adapter_state_dict_for_load(peft_model, config, NAME, factors)
             peft_model.load_state_dict(placed, strict=False, assign=True)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder} does not fit the base model: {one_line(error)}") from None
-    others = {key: value for key, value in tensors.items() if key not in factors}
     for key, value in others.items():
         place = state.get(plain_name(key))
         if place is not None and place.shape != value.shape:
@@ -118,7 +127,9 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
                 f"{folder} does not fit the base model: {plain_name(key)} is {tuple(value.shape)} in the adapter and "
                 f"{tuple(place.shape)} in the model"
             )
-    adapted = Adapted(config, peft_model.eval(), weights, _without_copies(peft_model, weights, others), state, names)
+    copies = _copies(peft_model, weights, others)
+    others = {key: value for key, value in others.items() if key not in copies}
+    adapted = Adapted(config, base, peft_model.eval(), weights, others, set(copies.values()), state, names)
     for path, layer in adapted.layers():
         if any(
             getattr(layer, kind)[NAME].is_meta for kind in layer.adapter_layer_names if NAME in getattr(layer, kind)
@@ -130,8 +141,19 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
     return replace(adapted, weights=LoadedWeights(base, type(model)))
 
 
-def _without_copies(model: Any, weights: BaseWeights, others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What an adapter brings besides, less copies of base weights that PEFT saves with adapted embeddings and heads.
+def _labels(model: Any, others: dict[str, Tensor]) -> int | None:
+    """The number of labels of a trained head that has another one than the model; PEFT's files do not state it."""
+    state, stated = model.state_dict(), getattr(model.config, "num_labels", None)
+    found = set()
+    for key, value in others.items():
+        place = state.get(plain_name(key))
+        if place is not None and place.ndim and value.ndim and len(place) == stated != len(value):
+            found |= {len(value)} if place.shape[1:] == value.shape[1:] else set()
+    return found.pop() if len(found) == 1 else None
+
+
+def _copies(model: Any, weights: BaseWeights, others: dict[str, Tensor]) -> dict[str, str]:
+    """Copies of base weights, which PEFT saves with adapted embeddings and heads: their names here and in the model.
 
     Raises:
         InputError: such a copy is not the base model's weight, so the adapter was trained on another one.
@@ -139,12 +161,18 @@ def _without_copies(model: Any, weights: BaseWeights, others: dict[str, Tensor])
     own = {own_name(path, layer) for path, layer in adapted_layers(model, NAME)}
     copies = {key: plain_name(key) for key in others if plain_name(key) in own}
     for key, name in copies.items():
-        if name in weights and not torch.equal(weights.read(name).float(), others[key].float()):
+        if name in weights and not _equal(weights.read(name), others[key]):
             raise InputError(
                 f"the adapter holds a base weight {name} of its own, and it is not the base model's; name the base "
                 "model that it was trained on (--base)"
             )
-    return {key: value for key, value in others.items() if key not in copies}
+    return copies
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two weights are the same in the coarser of their types: a base may be loaded in another than its own."""
+    coarser = max((one.dtype, two.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(one.to(coarser), two.to(coarser))
 
 
 def own_name(path: str, layer: AdapterLayer) -> str:
@@ -173,6 +201,10 @@ def read_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     if not isinstance(file.config, AdapterConfig):
         raise InputError(
             f"{folder} holds an adapter of PEFT's {file.method}; only those of lorma's methods are exported"
+        )
+    if isinstance(file.config, BottleneckConfig):
+        raise InputError(
+            f"{folder} is a bottleneck adapter, which is not linear: it can be neither exported nor merged"
         )
     file.config.inference_mode = True
     return file.config, {name: file.read(name) for name in file.tensors}

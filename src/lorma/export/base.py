@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from lorma.errors import InputError, one_line
 
@@ -27,6 +29,22 @@ AUTO_MODELS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+GGUF_STRING = 8
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Types of values in a GGUF file, and the bytes of those that have a fixed size."""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    ImportError,
+    ArithmeticError,
+    struct.error,
+    StrictDataclassError,
+)
+"""What transformers raises for a configuration, or the head of a GGUF file, that is missing or nonsense."""
+MAX_TEXT = 1 << 20
+"""Bytes of one text that are read of a GGUF file."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +82,16 @@ def read_config(base: Base) -> Any:
     """The configuration of the base model, changed by ``model_kwargs``.
 
     Raises:
-        InputError: it cannot be read, or says that the weights are quantised.
+        InputError: it cannot be read, says that the weights are quantised, or belongs to no model.
     """
     from transformers import AutoConfig
 
+    if base.gguf_file:
+        _check_gguf(base, base.gguf_file)
     try:
         with redirect_stderr(io.StringIO()):
             config: Any = AutoConfig.from_pretrained(base.path, **base.hub_kwargs(), **base.model_kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UNREADABLE as error:
         raise InputError(f"base model {base.path!r} cannot be read: {one_line(error)}") from None
     if getattr(config, "quantization_config", None) is not None and not base.gguf_file:
         raise InputError(
@@ -79,6 +99,46 @@ def read_config(base: Base) -> Any:
             "result is computed from the base weights"
         )
     return config
+
+
+def _check_gguf(base: Base, name: str) -> None:
+    """Refuse a GGUF file that holds no model (``InputError``): of a LoRA, transformers would make one of 7B."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(base.path, name, revision=base.revision)
+        with open(str(found), "rb") as file:
+            kind = _gguf_type(file)
+    except OSError as error:
+        raise InputError(f"base model {base.path!r} cannot be read: {one_line(error)}") from None
+    if kind not in (None, "model"):
+        raise InputError(
+            f"base model {base.path!r}: {name} is a GGUF file of the type {one_line(repr(kind), 60)}, not a "
+            "model; name the file of the model"
+        )
+
+
+def _gguf_type(file: BinaryIO) -> str | None:
+    """``general.type`` of a GGUF file, which lies before all lists; the vocabulary's takes seconds to read."""
+
+    def number(form: str) -> int:
+        return int(struct.unpack(form, file.read(struct.calcsize(form)))[0])
+
+    try:
+        file.seek(16)  # magic number, version, number of tensors
+        for _ in range(number("<Q")):
+            key, kind = file.read(min(number("<Q"), MAX_TEXT)), number("<I")
+            if kind == GGUF_STRING:
+                value = file.read(min(number("<Q"), MAX_TEXT))
+                if key == b"general.type":
+                    return value.decode(errors="replace")
+            elif kind in GGUF_SIZES:
+                file.seek(GGUF_SIZES[kind], io.SEEK_CUR)
+            else:
+                return None
+    except struct.error:  # it ends early; transformers says what is wrong with it
+        pass
+    return None
 
 
 def auto_class(base: Base, config: Any, task_type: str | None) -> Any:
@@ -109,6 +169,6 @@ def meta_model(base: Base, task_type: str | None = None) -> Any:
                 model = cls.from_config(config, trust_remote_code=base.trust_remote_code)
             else:
                 model = cls(config)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"base model {base.path!r} cannot be built: {one_line(error)}") from None
     return model.eval()

@@ -102,7 +102,7 @@ def _import_gguf() -> Any:
 
 
 def _architecture(adapted: Adapted) -> str:
-    """llama.cpp's name of the base model's architecture; that of a GGUF base is compared with it."""
+    """llama.cpp's name of the base model's architecture."""
     kind = adapted.peft_model.config.model_type
     if kind not in ARCHITECTURES:
         raise InputError(f"a {kind} model cannot be exported to gguf; supported: {', '.join(ARCHITECTURES)}")

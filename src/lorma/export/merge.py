@@ -28,15 +28,19 @@ from lorma.export.verify import check_same, load_adapted_outputs
 from lorma.export.weights import INDEX_FILE, SINGLE_FILE, LoadedWeights, SafetensorsWeights, base_file
 from lorma.files import META_FILE, write_folder
 from lorma.tuners.card import merged_card
-from lorma.tuners.untrusted import TensorInfo
+from lorma.tuners.untrusted import TensorInfo, copy_json
 
 SHARD_BYTES = 5 * 10**9
 """Size of a shard where the base checkpoint gives none."""
-COPIED = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json
-    merges.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json
-    generation_config.json preprocessor_config.json processor_config.json""".split()
+GENERATION_FILE = "generation_config.json"
+COPIED = f"""tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json
+    merges.txt bpe.codes tokenizer.model spiece.model spm.model source.spm target.spm sentencepiece.model
+    sentencepiece.bpe.model tekken.json normalizer.json chat_template.jinja chat_template.json {GENERATION_FILE}
+    preprocessor_config.json video_preprocessor_config.json processor_config.json LICENSE LICENSE.txt
+    LICENSE.md""".split()
 """What is taken over from the base model as it is, where it is there."""
-
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates beside the first."""
 
 ORIGINAL = ".original_module."
 """In the name of a bias of which PEFT has also saved the trained copy (``bias="all"``)."""
@@ -80,23 +84,24 @@ def merge(adapter: Path, output: Path, base: Base, *, verify: bool = True) -> Me
         InputError: an adapter or a base model that cannot be read, or that do not fit each other.
         ValueError: a merged weight is not finite, or the written model answers otherwise than the adapted one.
     """
-    adapted = _with_all_weights(open_adapter(adapter, base), base)
+    adapted = _with_all_weights(open_adapter(adapter, base))
     plan = Plan(adapted)
     counted: list[int] = []
-    difference: list[Any] = []
+    compared: float | None = None
+    note = "not verified: not asked for"
 
     def fill(folder: Path) -> None:
+        nonlocal compared, note
         folder.mkdir(parents=True)
         counted.append(_write_weights(plan, folder))
-        _write_rest(adapted, base, plan, adapter, folder)
+        _write_rest(adapted, plan, adapter, folder)
         if verify:
-            expected, inputs = load_adapted_outputs(adapted, base, adapter)
-            difference.append(check_same(expected, inputs, type(adapted.peft_model.get_base_model()), folder))
+            expected = load_adapted_outputs(adapted, adapter)
+            compared = check_same(expected, type(adapted.peft_model.get_base_model()), folder)
+            note = f"not verified: {expected.reason}" if expected.reason else ""
 
     write_folder(output, fill)
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    compared = difference[0] if difference else None
-    note = "" if compared is not None else "not verified: " + ("no known input" if verify else "not asked for")
     return Merged(output, len(plan.infos), len(plan.layers) + len(plan.others), size, counted[0], compared, note)
 
 
@@ -114,24 +119,24 @@ class Plan:
         self.adapted = adapted
         self.layers = {own_name(path, layer): layer for path, layer in adapted.layers()}
         self.others = {plain_name(key): tensor for key, tensor in adapted.others.items() if ORIGINAL not in key}
-        self.untied = False
-        dtype = None
+        groups = _groups(adapted)
+        self.untied = any(self._comes_apart(group) for group in groups)
+        dtype = torch.float32  # of a head that the checkpoint lacks: that of the number before it
         self.infos: dict[str, TensorInfo] = {}
-        for group in _groups(adapted):
-            changed = [name for name in group if name in self.layers or name in self.others]
-            names = group if changed else group[:1]
-            self.untied = self.untied or (len(group) > 1 and bool(changed))
-            for name in names:
+        for group in groups:
+            for name in group if self.untied else group[:1]:  # the configuration unties all of them or none
+                kind = dtype
                 if name in adapted.weights:
-                    shape, dtype = adapted.weights.info(name)
-                elif name in self.others:
-                    shape = tuple(self.others[name].shape)
-                else:
+                    shape, kind = adapted.weights.info(name)
+                    dtype = kind if kind.is_floating_point else dtype
+                if name in self.others:
+                    shape = tuple(self.others[name].shape)  # a new head may have other labels than the base's
+                elif name not in adapted.weights:
                     raise InputError(
                         f"neither the base model nor the adapter has a weight for {name}; it cannot be written"
                     )
-                self.infos[name] = TensorInfo(tuple(shape), dtype or torch.float32)
-        unknown = sorted(self.others.keys() - self.infos.keys())
+                self.infos[name] = TensorInfo(tuple(shape), kind)
+        unknown = sorted(self.others.keys() - {name for group in groups for name in group})
         if unknown:
             raise InputError(f"the adapter holds {unknown[0]}, which the base model does not have")
         strange = {str(info.dtype) for info in self.infos.values() if info.dtype not in CODES}
@@ -139,6 +144,15 @@ class Plan:
             raise InputError(
                 f"the base model holds weights of type {', '.join(sorted(strange))}; they cannot be merged"
             )
+
+    def _comes_apart(self, group: list[str]) -> bool:
+        """Whether the weights of these names are one in the base model and differ in the merged one."""
+        if len(group) == 1 or not any(name in self.layers or name in self.others for name in group):
+            return False
+        first = self.others.get(group[0])
+        return first is None or any(
+            name not in self.others or not torch.equal(first, self.others[name]) for name in group
+        )
 
     def files(self) -> dict[str, list[str]]:
         """Names of what goes into which file, sharded as the base checkpoint is."""
@@ -193,12 +207,12 @@ def _groups(adapted: Adapted) -> list[list[str]]:
     return list(groups.values())
 
 
-def _with_all_weights(adapted: Adapted, base: Base) -> Adapted:
+def _with_all_weights(adapted: Adapted) -> Adapted:
     """Read whole what transformers renames while it loads; otherwise weights would seem to be missing."""
     brought = {plain_name(key) for key in adapted.others}
     needed = [group[0] for group in _groups(adapted) if group[0] not in brought]
     if isinstance(adapted.weights, SafetensorsWeights) and any(name not in adapted.weights for name in needed):
-        return replace(adapted, weights=LoadedWeights(base, type(adapted.peft_model.get_base_model())))
+        return replace(adapted, weights=LoadedWeights(adapted.base, type(adapted.peft_model.get_base_model())))
     return adapted
 
 
@@ -214,7 +228,8 @@ def _write_weights(plan: Plan, folder: Path) -> int:
     return len(files)
 
 
-def _write_rest(adapted: Adapted, base: Base, plan: Plan, adapter: Path, folder: Path) -> None:
+def _write_rest(adapted: Adapted, plan: Plan, adapter: Path, folder: Path) -> None:
+    base = adapted.base
     model = adapted.peft_model.get_base_model()
     config: Any = model.config
     config.architectures = [type(model).__name__]
@@ -231,10 +246,28 @@ def _write_rest(adapted: Adapted, base: Base, plan: Plan, adapter: Path, folder:
         if isinstance(adapted.weights, LoadedWeights) and adapted.weights.model.can_generate():
             adapted.weights.model.generation_config.save_pretrained(folder)
     else:
-        for name in COPIED:
-            found = base_file(base, name, optional=True)
-            if found is not None:
-                shutil.copyfile(found, folder / name)
-    if (adapter / META_FILE).is_file():
-        shutil.copyfile(adapter / META_FILE, folder / META_FILE)
+        _copy_files(base, folder)
+        if model.can_generate() and not (folder / GENERATION_FILE).exists():
+            _generation_settings(base).to_json_file(folder / GENERATION_FILE)
+    copy_json(adapter, META_FILE, folder)
     (folder / "README.md").write_text(merged_card(adapted.config), encoding="utf-8")
+
+
+def _copy_files(base: Base, folder: Path) -> None:
+    """Take over what is no weight: by name, and the chat templates that lie in a folder (or the hub's cache)."""
+    for name in COPIED:
+        found = base_file(base, name, optional=True)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+    for template in sorted((base_file(base, "config.json").parent / TEMPLATES).glob("*.jinja")):
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / TEMPLATES / template.name)
+
+
+def _generation_settings(base: Base) -> Any:
+    """Those of an older checkpoint, which keeps them in its config.json; transformers' configuration drops them."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(
+        base.path, config_file_name="config.json", revision=base.revision or "main", _from_model_config=True
+    )

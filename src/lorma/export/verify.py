@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorma.export.adapted import Adapted
+from lorma.errors import one_line
+from lorma.export.adapted import NAME, Adapted, adapted_layers, own_name
 from lorma.export.base import Base
 from lorma.export.weights import LoadedWeights, load_whole
 
@@ -21,35 +23,68 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Relative difference that rounding may make; in 16 bits ``COARSE``."""
 COARSE = 5e-2
 
+IMAGE_SIZE = 224
+"""Pixels where a configuration names no size."""
+MAX_TOKENS = 64
+"""Of the prompt; encoders of text beside images take little more."""
+NOT_RUN = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a model raises that wants other inputs than it is given."""
+
 Inputs = dict[str, Tensor]
 
 
-def load_adapted_outputs(adapted: Adapted, base: Base, adapter: Path) -> tuple[Tensor | None, Inputs]:
-    """What the base model with the adapter on it answers to a prompt, and the prompt; None if no input is known."""
+@dataclass(frozen=True)
+class Expected:
+    """What the adapted model answers, and to what.
+
+    Attributes:
+        outputs: the answer; None if there is none.
+        inputs: the prompt.
+        reason: why there is no answer, if so.
+    """
+
+    outputs: Tensor | None
+    inputs: Inputs
+    reason: str = ""
+
+
+def load_adapted_outputs(adapted: Adapted, adapter: Path) -> Expected:
+    """What the base model with the adapter on it answers to a prompt."""
     structure = adapted.peft_model.get_base_model()
-    inputs = _inputs(structure, base)
-    if inputs is None:
-        return None, {}
+    tried = _inputs(structure, adapted.base)
+    if not tried:
+        return Expected(None, {}, "no known input")
     whole = adapted.weights
-    model = whole.model if isinstance(whole, LoadedWeights) else load_whole(base, type(structure))[0]
+    model = whole.model if isinstance(whole, LoadedWeights) else load_whole(adapted.base, type(structure))[0]
+    copied = {name: whole.read(name).clone() for name in adapted.copies if name in whole}
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         peft_model = PeftModel.from_pretrained(model, str(adapter))
-        return _outputs(peft_model, inputs), inputs
+        for path, layer in adapted_layers(peft_model, NAME):
+            if own_name(path, layer) in copied:  # which the adapter's file may hold in less precision
+                getattr(layer.get_base_layer(), layer.weight_name).data.copy_(copied[own_name(path, layer)])
+        reason = ""
+        for inputs in tried:
+            try:
+                return Expected(_outputs(peft_model, inputs), inputs)
+            except NOT_RUN as error:
+                reason = f"the adapted model cannot be run on {' and '.join(inputs)} ({one_line(error, 120)})"
+    return Expected(None, {}, reason)
 
 
-def check_same(expected: Tensor | None, inputs: Inputs, model_class: Any, folder: Path) -> float | None:
+def check_same(reference: Expected, model_class: Any, folder: Path) -> float | None:
     """Relative difference of what the model in ``folder`` answers; None if there is nothing to compare.
 
     Raises:
         ValueError: it is more than rounding explains, or the adapted model's answer is not finite.
     """
+    expected = reference.outputs
     if expected is None:
         return None
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         model = model_class.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    found = _outputs(model, inputs)
+    found = _outputs(model, reference.inputs)
     if not torch.isfinite(expected).all():
         raise ValueError("the adapted model answers with NaN or infinity; the adapter seems to be broken")
     found, expected = found.double(), expected.double()  # whose squares do not overflow
@@ -63,8 +98,8 @@ def check_same(expected: Tensor | None, inputs: Inputs, model_class: Any, folder
     return difference
 
 
-def _inputs(model: Any, base: Base) -> Inputs | None:
-    """A prompt for a model: text for a tokenizer, else numbers in the range of the vocabulary, else an image."""
+def _inputs(model: Any, base: Base) -> list[Inputs]:
+    """Prompts for a model, to be tried in turn: text (numbers in the range of the vocabulary), text and an image."""
     kind = getattr(model, "main_input_name", None)
     config = model.config
     if kind == "input_ids":
@@ -72,11 +107,18 @@ def _inputs(model: Any, base: Base) -> Inputs | None:
         inputs = {"input_ids": ids[None]}
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids[None, :4]
-        return inputs
-    if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        size = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(size, generator=torch.Generator().manual_seed(0))}
-    return None
+        vision = getattr(config, "vision_config", None)
+        return [inputs] if vision is None else [inputs, inputs | _image(vision)]
+    return [_image(config)] if kind == "pixel_values" else []
+
+
+def _image(config: Any) -> Inputs:
+    size = getattr(config, "image_size", None)
+    pair = size if isinstance(size, (list, tuple)) and len(size) == 2 else 2 * [size or IMAGE_SIZE]
+    if not all(isinstance(side, int) for side in pair):
+        pair = [IMAGE_SIZE, IMAGE_SIZE]
+    shape = (1, getattr(config, "num_channels", 3), *pair)
+    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
 
 def _token_ids(base: Base) -> Tensor:
@@ -88,7 +130,7 @@ def _token_ids(base: Base) -> Tensor:
         ids = tokenizer(PROMPT)["input_ids"]
     except (OSError, ValueError, ImportError, KeyError):
         ids = []
-    return torch.tensor(ids if len(ids) > 3 else range(3, 19))
+    return torch.tensor(ids[:MAX_TOKENS] if len(ids) > 3 else range(3, 19))
 
 
 @torch.no_grad()

@@ -141,12 +141,14 @@ def load_whole(base: Base, model_class: Any) -> tuple[Any, set[str]]:
             kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         kwargs |= {"dtype": "auto", "use_safetensors": True}
+    # Of another number of labels than the checkpoint's, whose head then counts as missing.
+    kwargs["ignore_mismatched_sizes"] = "num_labels" in base.model_kwargs
     try:
         with redirect_stderr(io.StringIO()):
             model, report = model_class.from_pretrained(base.path, output_loading_info=True, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"base model {base.path!r} cannot be loaded: {one_line(error)}") from None
-    return model.eval(), set(report["missing_keys"])
+    return model.eval(), {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 
 def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
@@ -179,26 +181,27 @@ def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 def _find_shards(base: Base) -> dict[str, str]:
-    index = base_file(base, INDEX_FILE, optional=True)
-    if index is not None:
-        try:
-            shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{index} cannot be read: {one_line(error)}") from None
-        for shard in set(shards.values()):
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise InputError(f"{index} names {shard!r}, which is no safetensors file beside it")
-        return shards
+    """The file of each tensor. Where there are both kinds of checkpoint, transformers reads the single file."""
     path = base_file(base, SINGLE_FILE, optional=True)
-    if path is None:
+    if path is not None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE_FILE)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is truncated or not a safetensors file ({one_line(error)})") from None
+    index = base_file(base, INDEX_FILE, optional=True)
+    if index is None:
         raise InputError(
             f"base model {base.path!r} has no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors are read"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE_FILE)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or not a safetensors file ({one_line(error)})") from None
+        shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} cannot be read: {one_line(error)}") from None
+    for shard in set(shards.values()):
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise InputError(f"{index} names {shard!r}, which is no safetensors file beside it")
+    return shards
 
 
 def base_file(base: Base, name: str, optional: bool = False) -> Any:

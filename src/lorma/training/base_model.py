@@ -46,7 +46,15 @@ def base_arguments(folder: Path, base: str | None = None, *, trust_remote_code: 
             f"--base {spec.name} takes those in full precision"
         )
     spec = spec.model_copy(update={"trust_remote_code": trust_remote_code})
-    source = find_model(spec.name, spec.gguf_file, spec.revision)
+    try:
+        source = find_model(spec.name, spec.gguf_file, spec.revision)
+    except InputError as error:
+        if base is not None:
+            raise InputError(str(error).replace("model.name", "--base", 1)) from None
+        key = "base_model_name_or_path" if fields is None else "model.name"
+        raise InputError(
+            f"{folder}: {str(error).replace('model.name', key, 1)}; name the base model with --base"
+        ) from None
     arguments: dict[str, Any] = {
         "path": source.path,
         "gguf_file": source.gguf_file,
