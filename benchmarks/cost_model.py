@@ -1,7 +1,10 @@
 """Rates from which the library chooses a way of computing LoRMAπ, and how well the choice does.
 
     python benchmarks/cost_model.py -o docs/results/speed/cost_model.json --install
+    ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \\
+        python benchmarks/cost_model.py -o docs/results/speed/cost_model_avx2.json --install
 
+The second measures a CPU with AVX-512 as one without.
 Each rate is the median of interleaved runs on one middling size; they are written into the package
 (``src/lorma/kernels/costs.json``) with ``--install``, beside those of other devices. ``choices`` then times every way
 on a grid of sizes and says which was fastest, which the model takes, and what the wrong choices cost.

@@ -151,6 +151,7 @@ def environment() -> Case:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
 
