@@ -58,12 +58,12 @@ def _measured() -> dict[tuple[str, torch.dtype], Rates]:
 
 
 RATES = _measured()
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def kind_of(device: str) -> str:
     """What rates are listed under: the type of the device, for a CPU with AVX-512 also that."""
-    wide = device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "cpu-avx512" if wide else device
+    return "cpu-avx512" if device == "cpu" and _AVX512 else device
 
 
 def rates(kind: str, dtype: torch.dtype) -> Rates:
