@@ -44,7 +44,11 @@ class Line(NamedTuple):
 
 def lines(results: Results) -> list[Line]:
     """All statements, with the numbers that decide them."""
-    cases = [case for case in results.get("layer", {}).get("cases", []) if case["dtype"] == "float32"]
+    every, close = (
+        [case for case in results.get(name, {}).get("cases", []) if case["dtype"] == "float32"]
+        for name in ("layer", "layer_close")
+    )
+    cases = close or every
     many = [case for case in cases if "lorma-plus-auto" in case["results"]]
     wide = [case for case in many if min(case["d"], case["k"]) >= 1024]
     shared = results.get("layer", {}).get("shared_input", [])
@@ -56,7 +60,7 @@ def lines(results: Results) -> list[Line]:
             [Value(name, math.prod(m) ** (1 / len(m)), 0.92) for name, m in means.items() if m],
         ),
         Line("LoRMA₊, layer: at most 1.15 of the frozen layer, from 1024 wide", ratios(wide, PLUS, "frozen", 1.15)),
-        Line("LoRMA₊, layer: at most 0.80 of rebuilding (1.25 times as fast)", ratios(many, PLUS, "rebuild-plus", 0.8)),
+        Line("LoRMA₊, layer: at most 0.80 of rebuilding (1.25 times as fast)", ratios(every, PLUS, "rebuild-plus", 0.8)),
         Line("LoRMA₊, layer: bytes kept for backward at most LoRA's", list(saved(many))),
         Line("LoRMA₊: q, k and v on one input keep it once (inputs kept)", list(inputs_kept(shared))),
         Line("LoRMAπ, layer: within 10 % of its dense floor (multiples of it)", list(floors(cases))),
