@@ -61,7 +61,9 @@ def lines(results: Results) -> list[Line]:
             [Value(name, math.prod(m) ** (1 / len(m)), 0.92) for name, m in means.items() if m],
         ),
         Line("LoRMA₊, layer: at most 1.15 of the frozen layer, from 1024 wide", ratios(wide, PLUS, "frozen", 1.15)),
-        Line("LoRMA₊, layer: at most 0.80 of rebuilding (1.25 times as fast)", ratios(every, PLUS, "rebuild-plus", 0.8)),
+        Line(
+            "LoRMA₊, layer: at most 0.80 of rebuilding (1.25 times as fast)", ratios(every, PLUS, "rebuild-plus", 0.8)
+        ),
         Line("LoRMA₊, layer: bytes kept for backward at most LoRA's", list(saved(many))),
         Line("LoRMA₊: q, k and v on one input keep it once (inputs kept)", list(inputs_kept(shared))),
         Line("LoRMAπ (auto), layer: within 10 % of its dense floor (multiples of it)", list(floors(cases))),
