@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from torch import nn
 from lorma import InputError, LormaConfig
 from lorma.export import Base, Truncation, export_lora, export_lora_state_dict
 from lorma.export.forms import LoraForm
-from lorma.export.lora import _as_peft
+from lorma.export.lora import _as_peft, check_output
 from lorma.export.merge import merge
 from lorma.files import META_FILE
 from lorma.tuners.adapter_file import WEIGHTS_NAME
@@ -296,3 +297,9 @@ def test_what_needs_no_truncation_is_reported_as_exact(exported_case, tmp_path):
         folder, _, _, _, adapter = exported_case("bert", config)
         export_lora(adapter, tmp_path / name, base=base_for("bert", folder), truncation=Truncation(4))
         assert json.loads((tmp_path / name / "export.json").read_text())["exact"] is exact
+
+
+def test_a_directory_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(InputError, match="out'.*: its directory cannot be written"):
+        check_output(tmp_path / "out", False)

@@ -16,6 +16,8 @@ from lorma.errors import InputError, one_line
 ERROR_LENGTH = 2000
 INTERRUPTED = 130
 """The exit code typer turns Ctrl-C into."""
+RESUMED = frozenset({"train", "compare"})
+"""Commands that go on where they were interrupted."""
 
 app = typer.Typer(
     name="lorma",
@@ -59,7 +61,8 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code != INTERRUPTED:
             raise
-        errors.print("lorma: interrupted; the same command goes on from the last checkpoint")
+        resumes = not RESUMED.isdisjoint(sys.argv[1:3])
+        errors.print("lorma: interrupted" + "; the same command goes on from the last checkpoint" * resumes)
         sys.exit(1)
     except Exception as error:
         if debug:

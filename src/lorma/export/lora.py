@@ -8,6 +8,7 @@ PEFT gives them for every method. Fused projections become one LoRA on the whole
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -193,10 +194,13 @@ def check_output(output: Path, overwrite: bool, *inputs: str | Path, file: bool 
         file: whether a file is written, and not a folder.
 
     Raises:
-        InputError: it exists and may not be replaced, is of the other kind, is an input, or has no directory to lie in.
+        InputError: it exists and may not be replaced, is of the other kind, is an input, or has no directory to lie in
+            that can be written.
     """
-    if not output.resolve().parent.is_dir():
-        raise InputError(f"output={str(output)!r}: its directory does not exist")
+    directory = output.resolve().parent
+    if not directory.is_dir() or not os.access(directory, os.W_OK):
+        reason = "cannot be written" if directory.is_dir() else "does not exist"
+        raise InputError(f"output={str(output)!r}: its directory {reason}")
     if output.exists() and not overwrite:
         raise InputError(f"output={str(output)!r} exists; give --overwrite to replace it")
     if output.exists() and output.is_dir() == file:
