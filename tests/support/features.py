@@ -77,7 +77,7 @@ FEATURES = [
     Feature("Linear mix", SEVERAL, adapters.linearly_combined, '`add_weighted_adapter(…, "linear")`, of the same rank'),
     Feature("Delete", SEVERAL, adapters.deleted, "`delete_adapter` leaves no trace; the others stay as they are"),
     Feature("Disable", SEVERAL, adapters.disabled, "`disable_adapter()` gives the base model, also when merged"),
-    Feature("Save, load", FILES, files.saved_and_loaded, "outputs of the loaded model equal to the bit"),
+    Feature("Save, load", FILES, files.saved_and_loaded, "adapters equal to the bit, outputs up to rounding"),
     Feature("Load lean", FILES, files.loaded_without_memory, "the same with `low_cpu_mem_usage=True`"),
     Feature(
         "Hot-swap", FILES, files.hotswapped, "`lorma.hotswap_adapter` with a folder of smaller rank and another alpha"
@@ -92,7 +92,7 @@ FEATURES = [
     Feature("DoRA", DORA, dora.dora, "`use_dora=True`: output and gradients, row norms taken as constants"),
     Feature("Merge", DORA, dora.dora_merged, "merged equals unmerged; a snapshot brings the very bits back"),
     Feature("Inverse", DORA, dora.dora_inverse, '`undo="inverse"`'),
-    Feature("Save, load", DORA, dora.dora_saved, "outputs of the loaded model equal to the bit, loaded lean or not"),
+    Feature("Save, load", DORA, dora.dora_saved, "adapters to the bit, outputs up to rounding, loaded lean or not"),
     Feature("Two at once", DORA, dora.dora_two_at_once, "alike in forward and merged together"),
     Feature("Mixed batch", DORA, dora.dora_mixed_batch, "equals runs one by one"),
     Feature("Combine", DORA, dora.dora_combined, "`add_weighted_adapter`"),
