@@ -7,6 +7,7 @@ import pytest
 from export_cases import logits
 
 from lorma.files import META_FILE
+from lorma.training.base_model import read_meta
 
 
 @pytest.fixture
@@ -114,3 +115,9 @@ def test_an_adapter_without_a_record_of_its_base(run, cli, tmp_path, tiny_bert):
     done = cli("export", run / "adapter", "-o", tmp_path / "lora")
     assert (done.code, "name it (--base)" in done.err) == (2, True)
     assert cli("export", run / "adapter", "-o", tmp_path / "lora", "--base", tiny_bert).code == 0
+
+
+def test_a_description_that_leaves_out_what_may_be_null(tmp_path):
+    data = {"task": "classification", "format": "text", "text": "t", "labels": ["a", "b"], "max_length": 8}
+    (tmp_path / META_FILE).write_text(json.dumps({"model": {"name": "minilm"}, "data": data}), encoding="utf-8")
+    assert read_meta(tmp_path)[1]["text_pair"] is None

@@ -117,7 +117,7 @@ def _check_meta(meta: dict[str, Any]) -> None:
     for key in ("format", "text", "labels", "max_length"):
         meta[key]
     for key in ("format", "text", "text_pair", "prompt", "completion", "messages", "label"):
-        if not isinstance(meta.get(key), (str, type(None))):
+        if not isinstance(meta.setdefault(key, None), (str, type(None))):
             raise TypeError(f"{key} must be a string or null")
     labels, length = meta["labels"], meta["max_length"]
     named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
