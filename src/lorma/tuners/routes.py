@@ -46,10 +46,11 @@ def divide(
     """
     single: dict[str, list[int]] = {}
     together: dict[tuple[bool, Inflation, int], list[int]] = {}
+    kinds = {name: kind_of(name) for name in dict.fromkeys(adapter_names) if name in known}
     for row, name in enumerate(adapter_names):
-        if name not in known:
+        if name not in kinds:
             continue
-        kind = kind_of(name)
+        kind = kinds[name]
         if kind is None:
             single.setdefault(name, []).append(row)
         else:

@@ -88,14 +88,14 @@ class ChannelLayer(CallingLayer, LormaLayer):
         """Each row of a group multiplied by its own adapter, all in one batched product."""
         bias = None if bias is None else whole(bias)
         part = x.index_select(0, group.rows)
-        names = list(dict.fromkeys(group.names))
+        names = {name: number for number, name in enumerate(dict.fromkeys(group.names))}
         if len(names) == 1:
-            return x.index_copy(0, group.rows, self._multiplied(part, names[0], bias))
+            return x.index_copy(0, group.rows, self._multiplied(part, group.names[0], bias))
         part = self._channels_last(part)
         factors = [self._factors(name) for name in names]
         A = torch.stack([a for a, _ in factors])
         B = torch.stack([b * self.scaling[name] for (_, b), name in zip(factors, names, strict=True)])
-        which = torch.tensor([names.index(name) for name in group.names], device=x.device)
+        which = torch.tensor([names[name] for name in group.names], device=x.device)
         tokens = part.reshape(len(part), -1, part.shape[-1])
         product = kernels.multiply_rows(tokens, A, B, which, group.inflation, bias)
         return x.index_copy(0, group.rows, self._channels_back(product.view(part.shape)))
