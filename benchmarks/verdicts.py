@@ -14,7 +14,6 @@ Results = dict[str, dict[str, Any]]
 
 PLUS = ("lorma-plus", "lorma-plus-auto")
 PERMUTATION = {"lorma-permutation": "pre", "lorma-permutation-auto": "auto"}
-AUTO = {"lorma-permutation-auto": "auto"}
 MODELS = ("model_minilm", "model_smollm2")
 
 
@@ -66,8 +65,8 @@ def lines(results: Results) -> list[Line]:
         ),
         Line("LoRMA₊, layer: bytes kept for backward at most LoRA's", list(saved(many))),
         Line("LoRMA₊: q, k and v on one input keep it once (inputs kept)", list(inputs_kept(shared))),
-        Line("LoRMAπ (auto), layer: within 10 % of its dense floor (multiples of it)", list(floors(cases))),
-        Line("LoRMAπ (auto), layer: never slower than rebuilding", ratios(cases, AUTO, "rebuild-permutation", 1.0)),
+        Line("LoRMAπ, layer: within 10 % of its dense floor (multiples of it)", list(floors(cases))),
+        Line("LoRMAπ, layer: never slower than rebuilding", ratios(cases, PERMUTATION, "rebuild-permutation", 1.0)),
         Line("LoRMA₊, whole step of MiniLM and SmolLM2: at most LoRA's time", list(steps(results, PLUS, 1.0))),
         Line(
             "LoRMAπ, whole step of MiniLM and SmolLM2: at most 1.10 of LoRA's time",
@@ -113,7 +112,7 @@ def inputs_kept(cases: list[dict[str, Any]]) -> Iterator[Value]:
 def floors(cases: list[dict[str, Any]]) -> Iterator[Value]:
     """Times of a permutation in units of its floor."""
     for case in cases:
-        for name, side in AUTO.items():
+        for name, side in PERMUTATION.items():
             if name in case["results"]:
                 ratio = case["results"][name]["ratio"]["frozen"]["p50"]
                 yield Value(f"{name}, {place(case)}", ratio / case["floor"][side], 1.1)
