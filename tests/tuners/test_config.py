@@ -109,12 +109,15 @@ def test_peft_knows_the_method():
 
 
 IMPORT_COST = """
-import time, peft
+import time
 start = time.process_time()
+import peft
+between = time.process_time()
 import lorma, sys
+end = time.process_time()
 heavy = [name for name in ("triton", "matplotlib", "ray", "datasets", "typer", "pandas") if name in sys.modules]
 before = set(heavy) & set(sys.argv[1].split(","))
-print(time.process_time() - start, ",".join(heavy))
+print((end - between) / (between - start), ",".join(heavy))
 """
 
 
@@ -132,7 +135,7 @@ def test_import_adds_little_to_peft():
     out = subprocess.run(
         [sys.executable, "-c", IMPORT_COST, alone], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert float(out[0]) < 0.3
+    assert float(out[0]) < 0.1
     assert ("" if len(out) == 1 else out[1]) == alone
 
 

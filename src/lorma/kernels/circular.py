@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fft import irfft, rfft
 
 from lorma.functional import update_matrix
-from lorma.kernels.form import Form, Gradients, Operands, as_rows, register
+from lorma.kernels.form import Form, Gradients, Operands, as_rows, in_dtype, register
 
 _CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**26
@@ -106,7 +106,8 @@ def correlated_rows(x: Tensor, A: Tensor, B: Tensor, which: Tensor, bias: Tensor
 def permuted(o: Operands) -> Tensor:
     """``s·Iπ(BA)·(x − bias) + bias``, the formula behind every form of it; the update is rounded once."""
     update = update_matrix(o.A, o.B, o.scaling, "permutation").to(o.dtype)
-    return o.x + (o.x if o.bias is None else o.x - o.bias) @ update.mT
+    x, bias = in_dtype(o.x, o.dtype), o.shift
+    return x + (x if bias is None else x - bias) @ update.mT
 
 
-CORRELATE = register(Form("correlate", _correlate, _correlate_backward, permuted, lambda o: (0,), True))
+CORRELATE = register(Form("correlate", _correlate, _correlate_backward, permuted, lambda o: (0,)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from typing import Literal, TypeAlias
 
@@ -117,9 +118,17 @@ def cheapest(shape: Shape, rate: Rates, *, training: bool) -> Way:
 
     Nothing but sizes counts, not even a folded weight that is at hand: what is recomputed must come out the same.
     """
+    choose = _cheapest if torch.compiler.is_compiling() else _remembered
+    return choose(shape, rate, training)
+
+
+def _cheapest(shape: Shape, rate: Rates, training: bool) -> Way:
     found = costs(shape, rate, training=training)
     best: Way = "multiply"
     for way, cost in found.items():
         if cost < found[best]:
             best = way
     return best
+
+
+_remembered = lru_cache(maxsize=4096)(_cheapest)

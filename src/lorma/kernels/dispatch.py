@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,7 +37,8 @@ def multiply(
     """
     dtype = _autocast_dtype(x) or _fitting_dtype(x, A)
     if dtype == x.dtype and A.ndim == 2 and inflation != "none":
-        return _activations(_operands(x, None, bias, A, B, scaling, dtype), inflation)
+        o = _operands(x, None, bias, A, B, scaling, dtype)
+        return _activations(o, _way(o, inflation))
     if dtype != x.dtype or inflation != "plus":
         dtype = torch.promote_types(x.dtype, A.dtype)
     inner = (x if bias is None else x - bias).to(dtype)
@@ -106,7 +109,8 @@ def multiplied_linear(
     o = _operands(x, W, bias, A, B, scaling, dtype)
     if inflation == "plus" and side == "pre":
         return run(LOW_RANK_LINEAR, o)
-    if inflation == "permutation" and dtype.itemsize >= 4 and _way(o) == "fold":
+    way = _way(o, inflation)
+    if way == "fold":
         form, fold = (FOLD_PRE, folded_pre) if side == "pre" else (FOLD_POST, folded_post)
         kept = None
         if folded is not None and not isinstance(scaling, Tensor) and _may_hold(o):
@@ -117,22 +121,20 @@ def multiplied_linear(
                 folded.keep(kept, weight, A, B, scaling)
         return run(form, o, kept)
     if side == "pre":
-        y = F.linear(x, W, bias)
-        return _activations(_operands(y, None, bias, A, B, scaling, dtype), inflation)
-    return F.linear(_activations(_operands(x, None, None, A, B, scaling, dtype), inflation), W, bias)
+        return _activations(replace(o, x=F.linear(x, W, bias), weight=None), way)
+    return F.linear(_activations(replace(o, weight=None, bias=None), way), W, bias)
 
 
-def _activations(o: Operands, inflation: Inflation) -> Tensor:
-    if inflation == "plus":
-        return run(LOW_RANK, o)
-    return run(CORRELATE if _way(o) == "correlate" else ROTATE, o)
+def _activations(o: Operands, way: Way | None) -> Tensor:
+    return run(LOW_RANK if way is None else CORRELATE if way == "correlate" else ROTATE, o)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast rounds ``x`` to before a product; None if it leaves it alone."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on and x.is_floating_point() and x.dtype != torch.float64 else None
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
 def _fitting_dtype(x: Tensor, A: Tensor) -> torch.dtype | None:
@@ -159,11 +161,14 @@ def _operands(
     return Operands(x, weight, bias, A, B, scaling, dtype)
 
 
-def _way(o: Operands) -> Way:
+def _way(o: Operands, inflation: Inflation) -> Way | None:
+    """How a permutation is best computed; None for any other multiplier."""
+    if inflation != "permutation":
+        return None
     if only_plain_operations():
         return "multiply"
     n = o.A.shape[-1]
-    m = 0 if o.weight is None else o.weight.numel() // n
+    m = 0 if o.weight is None or o.dtype.itemsize < 4 else o.weight.numel() // n
     training = torch.is_grad_enabled() and (o.x.requires_grad or o.A.requires_grad or o.B.requires_grad)
-    shape = Shape(o.x.shape[:-1].numel(), n, m, len(o.A))
+    shape = Shape(o.x.shape[:-1].numel(), n, m, o.A.shape[0])
     return cheapest(shape, rates(kind_of(o.x.device.type), o.dtype), training=training)

@@ -3,7 +3,9 @@
 A form computes an adapted layer, or multiplies activations, from the same operands. It says what the forward pass
 keeps, how gradients follow from that, and which eager formula it stands for. The formula is the reference that it is
 tested against, and takes over wherever a hand-written backward pass cannot serve: function transforms, forward-mode
-differentiation, tracing for export, a trained base weight, and the backward pass of a backward pass.
+differentiation, tracing for export, a trained base weight, and the backward pass of a backward pass. It also takes
+over where it is the quicker way: a hand-written pass saves passes over memory, but its Python takes as long as a small
+product.
 """
 
 from __future__ import annotations
@@ -58,6 +60,15 @@ class Operands:
         return None if self.bias is None else in_dtype(self.bias, self.dtype)
 
 
+def _never(_: Operands, __: bool) -> bool:
+    return False
+
+
+def compiled_without_gradients(_: Operands, differentiable: bool) -> bool:
+    """Where a compiler makes more of a formula than of an operator that it cannot look into."""
+    return not differentiable and torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True)
 class Form:
     """One way of computing; see the module's text.
@@ -66,10 +77,9 @@ class Form:
         forward: operands and what an earlier call with the same weight and factors has kept, or None → the output, one
             row for each token, and what is kept for the backward pass.
         backward: gradient of the rows, operands, what was kept, which gradients are needed → those gradients.
-        reference: operands, with ``x``, weight and bias in the dtype of the computation → the output in the shape of
-            ``x``, in eager differentiable PyTorch.
+        reference: operands → the output in the shape of ``x``, in eager differentiable PyTorch.
         kept_shape: operands → shape of what is kept.
-        costly_reference: whether the formula costs so much more that a compiled model must not take it.
+        is_plain: operands, whether a gradient is asked for → whether ``reference`` is the better way all the same.
     """
 
     name: str
@@ -77,10 +87,11 @@ class Form:
     backward: Callable[[Tensor, Operands, Tensor, Sequence[bool]], Gradients]
     reference: Callable[[Operands], Tensor]
     kept_shape: Callable[[Operands], Sequence[int]]
-    costly_reference: bool = False
+    is_plain: Callable[[Operands, bool], bool] = _never
 
 
 FORMS: dict[str, Form] = {}
+_NOTHING = nullcontext()
 
 
 def register(form: Form) -> Form:
@@ -96,7 +107,7 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """``x`` (…, n) as a matrix, one row for each token."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def run(form: Form, operands: Operands, kept: Tensor | None = None) -> Tensor:
@@ -105,29 +116,29 @@ def run(form: Form, operands: Operands, kept: Tensor | None = None) -> Tensor:
     Gradients flow to ``x``, ``bias``, ``A`` and ``B``, and to the weight if it is trained as well.
     """
     o = operands
-    tensors = (o.x, o.bias, o.A, o.B)
-    grad = torch.is_grad_enabled()
-    differentiable = grad and any(t is not None and t.requires_grad for t in tensors)
-    trained = grad and o.weight is not None and o.weight.requires_grad
-    if trained or only_plain_operations():
+    differentiable = trained = False
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled():
+        differentiable = any(t is not None and t.requires_grad for t in (o.x, o.bias, o.A, o.B))
+        trained = o.weight is not None and o.weight.requires_grad
+        if differentiable and not compiling and o.x.is_inference():
+            o = replace(o, x=o.x.clone())
+    if trained or only_plain_operations() or form.is_plain(o, differentiable):
         return _reference(form, o)
-    if torch.compiler.is_compiling():
-        if not differentiable and not form.costly_reference:
-            return _reference(form, o)
+    if compiling:
         out = _operator(o.x, o.weight, o.bias, o.A, o.B, o.scaling, form.name, o.dtype)[0]
     elif not differentiable:
         with without_autocast(o.x):
             out = form.forward(o, kept)[0]
     else:
-        x = o.x.clone() if o.x.is_inference() else o.x
-        out = _Run.apply(form, o.scaling, o.dtype, x, o.weight, o.bias, o.A, o.B, kept)
+        out = _Run.apply(form, o.scaling, o.dtype, o.x, o.weight, o.bias, o.A, o.B, kept)
     # Here and not inside, where autograd would forbid changing the output in place.
     return cast(Tensor, out).view(*o.x.shape[:-1], out.shape[-1])
 
 
 def only_plain_operations() -> bool:
     """Whether something looks on that must see PyTorch's own operations: a transform, a tracer, forward-mode AD."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return True
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
@@ -136,13 +147,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """While active, products are computed in the dtype that they are given."""
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(device, enabled=False) if on else _NOTHING
 
 
 def _reference(form: Form, o: Operands) -> Tensor:
-    x, weight, bias = (None if t is None else t.to(o.dtype) for t in (o.x, o.weight, o.bias))
     with without_autocast(o.x):
-        return form.reference(replace(o, x=cast(Tensor, x), weight=weight, bias=bias))
+        return form.reference(o)
 
 
 class _Run(torch.autograd.Function):
@@ -170,10 +180,10 @@ class _Run(torch.autograd.Function):
 
 def _gradients(form: Form, grad: Tensor, o: Operands, kept: Tensor, needs: Sequence[bool]) -> Gradients:
     """Gradients in the dtypes of the tensors they belong to."""
-    found = form.backward(grad.to(o.dtype), o, kept, needs)
+    found = form.backward(in_dtype(grad, o.dtype), o, kept, needs)
     like: Any = (o.x, o.bias, o.A, o.B)
     triples = zip(found, like, needs, strict=True)
-    return cast(Gradients, tuple(g.to(t.dtype) if need and g is not None else None for g, t, need in triples))
+    return cast(Gradients, tuple(in_dtype(g, t.dtype) if need and g is not None else None for g, t, need in triples))
 
 
 def _differentiable_gradients(form: Form, grad: Tensor, o: Operands, needs: Sequence[bool]) -> Gradients:

@@ -8,6 +8,10 @@ With g the gradient of the output and s·B written as ``Bs``:
 * ``low_rank`` multiplies activations z, whoever made them: ``out = z + u·Bsᵀ``, ``u = (z − bias)·Aᵀ``. On the output of
   a base layer that is side ``pre``, on its input side ``post``. ``dz = g + v·A``, ``dA = vᵀ(z − bias)``.
 
+The formulas keep the same, because ``u = x·(A·W0)ᵀ`` as well. Their backward pass is PyTorch's own, without a line of
+Python, and takes one pass over dx more: the quicker way until x has half a million numbers. With so few tokens that even
+reading W0 is work, ``u = y·Aᵀ`` reads it two times less; y is kept then, which is small beside the weight.
+
 Thin products are written for the libraries that compute them: on a CPU ``(uᵀg)ᵀ`` takes a third to a seventh of the
 time of ``gᵀu``, and ``g·Bs`` two thirds when ``Bsᵀ`` is contiguous.
 """
@@ -20,12 +24,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorma.functional import multiplier_update
 from lorma.kernels import triton_low_rank
-from lorma.kernels.form import Form, Gradients, Operands, as_rows, in_dtype, register
+from lorma.kernels.form import Form, Gradients, Operands, as_rows, in_dtype, only_plain_operations, register
 
-_FEW = 64
-"""Tokens up to which copying Bᵀ costs more than it saves."""
+_SMALL = 2**19
+"""Numbers in x up to which Python costs more than a pass over them."""
+_FEW = 16
+"""Inputs of a layer for each token from which on y is kept: it is no more than a sixteenth of the weight."""
+
+
+def _is_plain(o: Operands, differentiable: bool) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    if not differentiable:
+        return not triton_low_rank.available(o.x, len(o.A))
+    return o.x.numel() <= _SMALL
 
 
 def _factors(o: Operands) -> tuple[Tensor, Tensor]:
@@ -67,27 +80,22 @@ def _low_rank_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[boo
     return dz, dbias, dA, dB
 
 
-def _low_rank_reference(o: Operands) -> Tensor:
-    A, B = o.A.to(o.dtype), o.B.to(o.dtype)
-    return o.x + multiplier_update(o.x if o.bias is None else o.x - o.bias, A, B, o.scaling, "plus")
+def _low_rank_formula(o: Operands) -> Tensor:
+    z, bias, A = o.rows, o.shift, in_dtype(o.A, o.dtype)
+    u = F.linear(z, A) if bias is None else F.linear(z - bias, A)
+    return torch.addmm(z, u, in_dtype(o.B, o.dtype).mT, alpha=o.scaling).view(o.x.shape)
 
 
 def _linear(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
     bias = o.shift
-    few = o.x.shape[:-1].numel() <= _FEW
     # In low precision a large bias, added before, would take the last bits of what is multiplied.
     late = bias is not None and o.dtype.itemsize < 4
     out = F.linear(o.rows, o.base, None if late else bias)
     if not late and triton_low_rank.available(out, len(o.A)):
         return _in_one_launch(out, o)
-    shift = None if late else bias
-    if few:
-        A, Bt, scaling = in_dtype(o.A, o.dtype), in_dtype(o.B, o.dtype).mT, o.scaling
-        u = F.linear(out if shift is None else out - shift, A)
-    else:
-        (A, Bt), scaling = _factors(o), 1.0
-        u = _down(out, A, shift)
-    out.addmm_(u, Bt, alpha=scaling)
+    A, Bt = _factors(o)
+    u = _down(out, A, None if late else bias)
+    out.addmm_(u, Bt)
     return out.add_(bias) if late and bias is not None else out, u
 
 
@@ -107,15 +115,26 @@ def _linear_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]
     return dx, g.sum(0) if needs[1] else None, dA, dB
 
 
-def _linear_reference(o: Operands) -> Tensor:
-    y = F.linear(o.x, o.base)
-    A, B = o.A.to(o.dtype), o.B.to(o.dtype)
-    return (y if o.bias is None else y + o.bias) + multiplier_update(y, A, B, o.scaling, "plus")
+def _linear_formula(o: Operands) -> Tensor:
+    x, weight, bias = o.rows, o.base, o.shift
+    A, Bt = in_dtype(o.A, o.dtype), in_dtype(o.B, o.dtype).mT
+    late, add = False, torch.addmm if only_plain_operations() else Tensor.addmm_
+    if torch.is_grad_enabled() and (torch.compiler.is_compiling() or _FEW * x.shape[0] > weight.shape[1]):
+        y = F.linear(x, weight, bias)
+        u = F.linear(x, A @ weight)
+    else:
+        late = bias is not None and o.dtype.itemsize < 4
+        y = F.linear(x, weight, None if late else bias)
+        u = F.linear(y if late or bias is None else y - bias, A)
+        add = torch.addmm if u.requires_grad else add
+    out = add(y, u, Bt, alpha=o.scaling)
+    out = out + bias if late and bias is not None else out
+    return out if o.x.ndim == 2 else out.view(*o.x.shape[:-1], out.shape[1])
 
 
 def _shape_of_u(o: Operands) -> Sequence[int]:
     return o.x.shape[:-1].numel(), len(o.A)
 
 
-LOW_RANK = register(Form("low_rank", _low_rank, _low_rank_backward, _low_rank_reference, _shape_of_u))
-LOW_RANK_LINEAR = register(Form("low_rank_linear", _linear, _linear_backward, _linear_reference, _shape_of_u))
+LOW_RANK = register(Form("low_rank", _low_rank, _low_rank_backward, _low_rank_formula, _shape_of_u, _is_plain))
+LOW_RANK_LINEAR = register(Form("low_rank_linear", _linear, _linear_backward, _linear_formula, _shape_of_u, _is_plain))

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorma.kernels.circular import permuted
-from lorma.kernels.form import Form, Gradients, Operands, as_rows, register
+from lorma.kernels.form import Form, Gradients, Operands, as_rows, compiled_without_gradients, in_dtype, register
 from lorma.kernels.rotation import factor_gradients, multiplier_blocks
 
 
@@ -112,18 +112,19 @@ def _folding(
             dA, dB = factor_gradients(o, *gradient_of_multiplier(g, o))
         return dx, g.sum(0) if needs[1] else None, dA, dB
 
-    return register(Form(name, forward, backward, reference, lambda o: o.base.shape))
+    return register(Form(name, forward, backward, reference, lambda o: o.base.shape, compiled_without_gradients))
 
 
 def _fold_pre_reference(o: Operands) -> Tensor:
-    out = permuted(replace(o, x=F.linear(o.x, o.base), bias=None))
-    return out if o.bias is None else out + o.bias
+    bias = o.shift
+    out = permuted(replace(o, x=F.linear(in_dtype(o.x, o.dtype), o.base), bias=None))
+    return out if bias is None else out + bias
 
 
 def _fold_post_reference(o: Operands) -> Tensor:
-    return F.linear(permuted(replace(o, bias=None)), o.base, o.bias)
+    return F.linear(permuted(replace(o, bias=None)), o.base, o.shift)
 
 
-ROTATE = register(Form("rotate", _rotate, _rotate_backward, permuted, lambda o: (0,)))
+ROTATE = register(Form("rotate", _rotate, _rotate_backward, permuted, lambda o: (0,), compiled_without_gradients))
 FOLD_PRE = _folding("fold_pre", folded_pre, _dM_pre, _fold_pre_reference)
 FOLD_POST = _folding("fold_post", folded_post, _dM_post, _fold_post_reference)

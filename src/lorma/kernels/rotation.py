@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorma.kernels.form import Operands
+from lorma.kernels.form import Operands, in_dtype
 
 _ROWS = 512
 _work_space = threading.local()
@@ -47,7 +48,7 @@ def _room(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.
         with torch.inference_mode(False):
             held = torch.empty(rows * columns, dtype=dtype)
         setattr(_work_space, name, held)
-    return held[: rows * columns].view(rows, columns)
+    return held.as_strided((rows, columns), (columns, 1))
 
 
 def multiplier_blocks(o: Operands, *, apart: bool = False) -> Iterator[tuple[slice, Tensor]]:
@@ -60,16 +61,17 @@ def multiplier_blocks(o: Operands, *, apart: bool = False) -> Iterator[tuple[sli
         from row to row, that holds until the next block is asked for.
     """
     n, precise = o.A.shape[-1], torch.promote_types(o.A.dtype, o.dtype)
-    doubled = torch.cat((o.A, o.A), dim=-1).to(precise)
-    scaled = (o.B * o.scaling).to(precise)
+    A, B = in_dtype(o.A, precise), in_dtype(o.B, precise)
+    doubled = torch.cat((A, A), dim=-1)
     for start, stop in row_blocks(n):
         count = stop - start
         product = _room("multiplier", count, n + count, precise, doubled.device)
-        torch.mm(scaled[start:stop], doubled[:, n - stop : 2 * n - start], out=product)
+        part = doubled[:, n - stop : 2 * n - start]
+        torch.addmm(product, B[start:stop], part, beta=0, alpha=o.scaling, out=product)
         rows = product.as_strided((count, n), (n + count - 1, 1), count)
         if apart:
             rows.diagonal(start).sub_(1)
-        yield slice(start, stop), rows.to(o.dtype)
+        yield slice(start, stop), in_dtype(rows, o.dtype)
 
 
 def factor_gradients(
@@ -84,8 +86,8 @@ def factor_gradients(
         less: two vectors of n whose outer product is taken from it.
     """
     n = o.A.shape[-1]
-    A, B = o.A.to(o.dtype), o.B.to(o.dtype)
-    dA, parts = A.new_zeros(A.shape, dtype=torch.promote_types(o.A.dtype, o.dtype)), []
+    A, B = in_dtype(o.A, o.dtype), in_dtype(o.B, o.dtype)
+    dA, parts = None, []
     for start, stop in row_blocks(n):
         count = stop - start
         turned = _room("gradient", count, n + stop, o.dtype, left.device)
@@ -95,5 +97,7 @@ def factor_gradients(
         turned[:, n:] = gradient[:, :stop]
         back = turned.as_strided((count, n), (n + stop + 1, 1), start)
         parts.append(F.linear(back, A))
-        dA += B[start:stop].mT @ back
-    return dA * o.scaling, torch.cat(parts) * o.scaling
+        part = in_dtype(B[start:stop].mT @ back, o.A.dtype)
+        dA = part if dA is None else dA.add_(part)
+    dB = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return cast(Tensor, dA) * o.scaling, dB * o.scaling

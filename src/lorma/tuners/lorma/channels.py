@@ -31,12 +31,13 @@ class ChannelLayer(CallingLayer, LormaLayer):
 
     def _is_plain(self, name: str, x: Tensor) -> bool:
         """Whether an adapter is one multiplier, at hand, and no more: no DoRA, slices, groups, dropout or ``none``."""
-        if self.lorma_A[name].is_meta:
+        held = self._modules  # looked up once: this is called for every token that is generated
+        if type(x) is not Tensor or name in self.fused or name in cast(Any, held["lorma_magnitude_vector"]):
             return False
-        dropout = self.lorma_dropout[name]
+        dropout = held["lorma_dropout"]._modules[name]  # type: ignore[union-attr]
         drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
-        special = drops or name in self.fused or name in self.lorma_magnitude_vector or self.blocks > 1
-        return not special and self.inflation[name] != "none" and type(x) is Tensor
+        special = drops or self.inflation[name] == "none" or self.blocks > 1
+        return not special and not getattr(held["lorma_A"], name).is_meta
 
     def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         if self._acts_on_inputs(name):
@@ -53,7 +54,8 @@ class ChannelLayer(CallingLayer, LormaLayer):
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of what activations are multiplied by."""
-        return self.lorma_A[name], self.lorma_B[name]
+        held = self._modules
+        return getattr(held["lorma_A"], name), getattr(held["lorma_B"], name)
 
     def _channels_last(self, x: Tensor) -> Tensor:
         return x

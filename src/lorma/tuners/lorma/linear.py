@@ -26,12 +26,13 @@ class Linear(ChannelLayer):
         return isinstance(self.get_base_layer(), Conv1D)
 
     def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
-        weight = None if args or kwargs else plain_weight(self.base_layer)
+        base = self.base_layer
+        weight = None if args or kwargs else plain_weight(base)
         if weight is not None:
-            bias = cast(Any, self.base_layer).bias
             (A, B), side, s, inflation = self._factors(name), self.side[name], self.scaling[name], self.inflation[name]
+            transposed = type(base) is Conv1D
             out = kernels.multiplied_linear(
-                x, weight, bias, A, B, s, inflation, side, transposed=self.fan_in_fan_out, folded=self._folded
+                x, weight, cast(Any, base).bias, A, B, s, inflation, side, transposed=transposed, folded=self._folded
             )
             if out is not None:
                 return out

@@ -35,21 +35,26 @@ class Linear(Updated):
     """TLoRA on ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer."""
 
     def _is_plain(self, name: str, x: Tensor) -> bool:
-        dropout = self.tlora_dropout[name]
+        held = self._modules  # looked up once: this is called for every token that is generated
+        dropout, A = held["tlora_dropout"]._modules[name], self.tlora_A[name]  # type: ignore[union-attr]
         drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
-        device, dtype = x.device.type, self.tlora_A[name].dtype
-        rounded = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if drops or rounded or type(x) is not Tensor or self.tlora_A[name].is_meta or self.tlora_B[name].is_meta:
+        if drops or type(x) is not Tensor or A.is_meta or getattr(held["tlora_B"], name).is_meta:
             return False
-        weight = plain_weight(self.base_layer)
-        return weight is not None and x.dtype == weight.dtype == dtype
+        device, weight = x.device.type, plain_weight(self.base_layer)
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return False
+        return weight is not None and x.dtype == weight.dtype == A.dtype
 
     def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """The update is added to the base layer's output where it lies; nothing but x·A (r numbers a token) is kept."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
+        base: Any = self.base_layer
+        if args or kwargs:
+            return super()._forward_alone(x, name, *args, **kwargs)
         A, B, C, scale = self._matrices(name)
-        narrow = (x.reshape(-1, len(A)) @ A) @ (scale * B)
-        return result.view(-1, C.shape[1]).addmm_(narrow, C).view(result.shape)
+        rows = x if x.ndim == 2 else x.reshape(-1, A.shape[0])
+        out = F.linear(rows, base.weight.T if type(base) is Conv1D else base.weight, base.bias)
+        out.addmm_((rows @ A) @ (scale * B), C)
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], C.shape[1])
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:
         return functional.tri_matrix_update(self._cast_input_dtype(x, A.dtype), A, B, C, scale)
