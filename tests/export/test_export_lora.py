@@ -21,6 +21,7 @@ from lorma.export.lora import _as_peft, check_output
 from lorma.export.merge import merge
 from lorma.files import META_FILE
 from lorma.tuners.adapter_file import WEIGHTS_NAME
+from lorma.tuners.bottleneck import BottleneckConfig
 
 TINY = LormaConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
 ALONE = """
@@ -209,6 +210,13 @@ def test_a_model_with_an_adapter_of_its_own(bases):
     lora = get_peft_model(copy.deepcopy(model), stated)
     set_peft_model_state_dict(lora, state)
     assert_same(logits(lora.eval(), batch), logits(adapted, batch), logits(model, batch))
+
+
+def test_what_is_not_linear_has_no_way_out(bases):
+    adapted = copy.deepcopy(bases["llama"][1])
+    adapted.add_adapter(BottleneckConfig(target_modules=["v_proj"]))
+    with pytest.raises(InputError, match="it cannot be merged or exported$"):
+        export_lora_state_dict(adapted)
 
 
 def test_several_adapters_composed_are_one_lora(bases):

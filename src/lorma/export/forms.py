@@ -85,12 +85,10 @@ def lora_form(
         down, up = layer.lora_form_of(adapter_name, weight)
         return LoraForm(path, module, down.detach(), up.detach())
     except ValueError as error:
-        if keep is None:
-            reason = str(error)
-            raise InputError(
-                f"{path} cannot be exported as a LoRA: {reason}; --truncate-rank or --truncate-energy approximates it, "
-                "lorma merge keeps it exactly"
-            ) from None
+        linear = layer.supports_lora_conversion(adapter_name)
+        if keep is None or not linear:
+            ways = "; --truncate-rank or --truncate-energy approximates it, lorma merge keeps it exactly"
+            raise InputError(f"{path} cannot be exported as a LoRA: {error}{ways if linear else ''}") from None
     delta = _matrix(module, layer.get_delta_weight(adapter_name).detach())
     up, down = truncate(delta, keep)
     norm = delta.norm().item()

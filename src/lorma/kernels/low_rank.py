@@ -8,9 +8,10 @@ With g the gradient of the output and s·B written as ``Bs``:
 * ``low_rank`` multiplies activations z, whoever made them: ``out = z + u·Bsᵀ``, ``u = (z − bias)·Aᵀ``. On the output of
   a base layer that is side ``pre``, on its input side ``post``. ``dz = g + v·A``, ``dA = vᵀ(z − bias)``.
 
-The formulas keep the same, because ``u = x·(A·W0)ᵀ`` as well. Their backward pass is PyTorch's own, without a line of
-Python, and takes one pass over dx more: the quicker way until x has half a million numbers. With so few tokens that even
-reading W0 is work, ``u = y·Aᵀ`` reads it two times less; y is kept then, which is small beside the weight.
+The formulas keep the same and A·W0 (r × k), because ``u = x·(A·W0)ᵀ`` as well. Their backward pass is PyTorch's own,
+without a line of Python, and takes one pass over dx more: the quicker way until x has half a million numbers. With so
+few tokens that even reading W0 is work, ``u = y·Aᵀ`` reads it two times less; y is kept then, which is small beside
+the weight.
 
 Thin products are written for the libraries that compute them: on a CPU ``(uᵀg)ᵀ`` takes a third to a seventh of the
 time of ``gᵀu``, and ``g·Bs`` two thirds when ``Bsᵀ`` is contiguous.
