@@ -26,6 +26,8 @@ support: $(VENV)/.dev  ## Write docs/support.md: every feature on every kind of 
 
 bench: $(VENV)/.dev  ## Measure speed and memory (about half an hour on two quiet cores), then write docs/speed.md
 	$(BIN)/python benchmarks/layer.py -o $(SPEED)/layer.json $(BENCH)
+	$(BIN)/python benchmarks/layer.py --compiled -o $(SPEED)/layer_compiled.json $(BENCH) \
+		--contenders frozen,lora,lorma-plus,lorma-plus-auto,lorma-permutation-auto
 	$(BIN)/python benchmarks/model_step.py --model minilm -o $(SPEED)/model_minilm.json $(BENCH)
 	$(BIN)/python benchmarks/model_step.py --model smollm2 -o $(SPEED)/model_smollm2.json $(BENCH)
 	$(BIN)/python benchmarks/model_step.py --model llama-stack -o $(SPEED)/model_llama_stack.json $(BENCH)

@@ -3,8 +3,11 @@
     python benchmarks/layer.py -o docs/results/speed/layer.json
     python benchmarks/layer.py --contenders frozen,lora,rebuild-permutation,lorma-plus,lorma-plus-auto,\\
 lorma-permutation,lorma-permutation-auto --rounds 61 -o docs/results/speed/layer_close.json
+    python benchmarks/layer.py --compiled --contenders frozen,lora,lorma-plus,lorma-plus-auto,lorma-permutation-auto \\
+-o docs/results/speed/layer_compiled.json
 
-The second repeats what close calls are about often enough to tell two percent.
+The second repeats what close calls are about often enough to tell two percent. The third times layers compiled by
+``torch.compile``; bytes are of layers that are not compiled.
 Shapes are d (outputs) × k (inputs) with b tokens, in float32; on a GPU also one large layer in bfloat16, adapters
 included. The input requires a gradient, as it does in the middle of a model. Few tokens (256) are where a dense
 permutation costs most, so those cases are about it. Bytes are also taken of three layers (q, k, v) on one input, which
@@ -56,12 +59,13 @@ class Projections(nn.Module):
         return torch.stack([layer(x) for layer in self.layers.values()])
 
 
-def step(model: nn.Module, x: Tensor, gradient: Tensor) -> Run:
+def step(model: nn.Module, x: Tensor, gradient: Tensor, compiled: bool = False) -> Run:
     """Forward and backward of the layer itself, past the wrappers around it.
 
     What is trained is written to before each run, as an optimiser does, so that nothing is carried over.
     """
     layer = contenders.inner(model).layers["p0"]
+    layer = torch.compile(layer) if compiled else layer
     trained = contenders.trainable(model)
 
     def run() -> None:
@@ -72,14 +76,15 @@ def step(model: nn.Module, x: Tensor, gradient: Tensor) -> Run:
     return run
 
 
-def measure(shape: Shape, names: Sequence[str], bias: bool, rounds: int) -> Case:
+def measure(shape: Shape, names: Sequence[str], bias: bool, rounds: int, compiled: bool) -> Case:
     """All contenders on one layer."""
     torch.manual_seed(1)
+    torch._dynamo.reset()
     base = Projections(shape, 1, bias)
     models = {name: contenders.build(name, base, ["p0"], shape.r).train() for name in names}
     x = torch.randn(shape.b, shape.k, device=DEVICE, dtype=shape.dtype, requires_grad=True)
     gradient = torch.randn(shape.b, shape.d, device=DEVICE, dtype=shape.dtype)
-    steps = {name: step(model, x, gradient) for name, model in models.items()}
+    steps = {name: step(model, x, gradient, compiled) for name, model in models.items()}
     memory = {
         name: {
             **contenders.counts(model, base),
@@ -130,6 +135,7 @@ def described(shape: Shape, bias: bool) -> Case:
 def main() -> None:
     made = parser(__doc__, rounds=15)
     made.add_argument("--bias", action="store_true", help="layers with a bias")
+    made.add_argument("--compiled", action="store_true", help="compile each layer")
     made.add_argument("--contenders", default=",".join(contenders.ALL), help="which ones, by name, between commas")
     arguments = parse(made)
     names = arguments.contenders.split(",")
@@ -140,7 +146,7 @@ def main() -> None:
         plan.append((LARGE, names))
     cases = []
     for shape, present in plan:
-        cases.append(measure(shape, present, arguments.bias, arguments.rounds))
+        cases.append(measure(shape, present, arguments.bias, arguments.rounds, arguments.compiled))
         print(f"{shape.d} × {shape.k}, {shape.b} tokens: done", flush=True)
     shared = [shared_input(shape, arguments.bias) for shape in many]
     write(arguments, {"cases": cases, "shared_input": shared})

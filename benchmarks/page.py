@@ -112,6 +112,7 @@ def mixed(content: dict[str, Any]) -> str:
 PLACES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "layer_frozen": ("layer", lambda content: layer(content, ratio("frozen"))),
     "layer_lora": ("layer", lambda content: layer(content, ratio("lora"))),
+    "layer_compiled": ("layer_compiled", lambda content: layer(content, ratio("lora"))),
     "layer_ms": ("layer", lambda content: layer(content, milliseconds)),
     "layer_saved": ("layer", lambda content: layer(content, mebibytes("saved_bytes"))),
     "layer_peak": ("layer", lambda content: layer(content, mebibytes("peak_bytes"))),

@@ -186,9 +186,7 @@ class MergeableLayer(BaseTunerLayer):
         after the merged ones. If only adapters that are not active were merged, the layer stands for those alone.
         """
         active = [name for name in self.active_adapters if name in self.undo]
-        if not self.merged_adapters:
-            return active
-        if not any(name in self.merged_adapters for name in active):
+        if self.merged_adapters and not any(name in self.merged_adapters for name in active):
             return []
         return [name for name in active if name not in self.merged_adapters]
 
