@@ -42,6 +42,14 @@ def _is_plain(o: Operands, differentiable: bool) -> bool:
     return o.x.numel() <= _SMALL
 
 
+def _keeps_y(o: Operands) -> bool:
+    return _FEW * o.x.shape[:-1].numel() <= o.x.shape[-1]
+
+
+def _is_plain_linear(o: Operands, differentiable: bool) -> bool:
+    return _is_plain(o, differentiable) or (differentiable and _keeps_y(o))
+
+
 def _factors(o: Operands) -> tuple[Tensor, Tensor]:
     """A, and the transpose of s·B made contiguous."""
     return o.A.to(o.dtype), (o.B.mT * o.scaling).to(o.dtype).contiguous()
@@ -120,7 +128,7 @@ def _linear_formula(o: Operands) -> Tensor:
     x, weight, bias = o.rows, o.base, o.shift
     A, Bt = in_dtype(o.A, o.dtype), in_dtype(o.B, o.dtype).mT
     late, add = False, torch.addmm if only_plain_operations() else Tensor.addmm_
-    if torch.is_grad_enabled() and (torch.compiler.is_compiling() or _FEW * x.shape[0] > weight.shape[1]):
+    if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _keeps_y(o)):
         y = F.linear(x, weight, bias)
         u = F.linear(x, A @ weight)
     else:
@@ -138,4 +146,6 @@ def _shape_of_u(o: Operands) -> Sequence[int]:
 
 
 LOW_RANK = register(Form("low_rank", _low_rank, _low_rank_backward, _low_rank_formula, _shape_of_u, _is_plain))
-LOW_RANK_LINEAR = register(Form("low_rank_linear", _linear, _linear_backward, _linear_formula, _shape_of_u, _is_plain))
+LOW_RANK_LINEAR = register(
+    Form("low_rank_linear", _linear, _linear_backward, _linear_formula, _shape_of_u, _is_plain_linear)
+)
