@@ -35,15 +35,13 @@ _FEW = 16
 
 
 def _is_plain(o: Operands, differentiable: bool) -> bool:
-    if torch.compiler.is_compiling():
-        return True
-    if not differentiable:
-        return not triton_low_rank.available(o.x, len(o.A))
-    return o.x.numel() <= _SMALL
+    if differentiable:
+        return o.x.numel() <= _SMALL
+    return torch.compiler.is_compiling() or not triton_low_rank.available(o.x, len(o.A))
 
 
 def _keeps_y(o: Operands) -> bool:
-    return _FEW * o.x.shape[:-1].numel() <= o.x.shape[-1]
+    return not torch.compiler.is_compiling() and _FEW * o.x.shape[:-1].numel() <= o.x.shape[-1]
 
 
 def _is_plain_linear(o: Operands, differentiable: bool) -> bool:
@@ -128,7 +126,7 @@ def _linear_formula(o: Operands) -> Tensor:
     x, weight, bias = o.rows, o.base, o.shift
     A, Bt = in_dtype(o.A, o.dtype), in_dtype(o.B, o.dtype).mT
     late, add = False, torch.addmm if only_plain_operations() else Tensor.addmm_
-    if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _keeps_y(o)):
+    if torch.is_grad_enabled() and not _keeps_y(o):
         y = F.linear(x, weight, bias)
         u = F.linear(x, A @ weight)
     else:
