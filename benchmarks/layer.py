@@ -8,6 +8,8 @@ lorma-permutation,lorma-permutation-auto --rounds 61 -o docs/results/speed/layer
 
 The second repeats what close calls are about often enough to tell two percent. The third times layers compiled by
 ``torch.compile``; bytes are of layers that are not compiled.
+``--shapes 16x16x4`` is a layer so small that nothing but calls counts.
+
 Shapes are d (outputs) × k (inputs) with b tokens, in float32; on a GPU also one large layer in bfloat16, adapters
 included. The input requires a gradient, as it does in the middle of a model. Few tokens (256) are where a dense
 permutation costs most, so those cases are about it. Bytes are also taken of three layers (q, k, v) on one input, which
@@ -127,6 +129,11 @@ def floor(shape: Shape, n: int) -> float:
     return min(1.5 + n / shape.b, 1 + 1.5 * n / m)
 
 
+def shapes(text: str) -> tuple[Shape, ...]:
+    """``16x16x4,768x768x256`` as shapes."""
+    return tuple(Shape(*map(int, part.split("x"))) for part in text.split(","))
+
+
 def described(shape: Shape, bias: bool) -> Case:
     """What a case is about, for the results."""
     return {**shape._asdict(), "dtype": str(shape.dtype).removeprefix("torch."), "bias": bias}
@@ -137,12 +144,13 @@ def main() -> None:
     made.add_argument("--bias", action="store_true", help="layers with a bias")
     made.add_argument("--compiled", action="store_true", help="compile each layer")
     made.add_argument("--contenders", default=",".join(contenders.ALL), help="which ones, by name, between commas")
+    made.add_argument("--shapes", type=shapes, help="DxKxB,… in place of the usual ones: outputs, inputs and tokens")
     arguments = parse(made)
     names = arguments.contenders.split(",")
-    many, few = (QUICK, QUICK) if arguments.quick else (MANY, FEW)
+    many, few = (arguments.shapes, ()) if arguments.shapes else (QUICK, QUICK) if arguments.quick else (MANY, FEW)
     plan = [(shape, names) for shape in many]
     plan += [(shape, [name for name in FOR_FEW if name in names]) for shape in few]
-    if DEVICE.type == "cuda" and not arguments.quick:
+    if DEVICE.type == "cuda" and not arguments.quick and not arguments.shapes:
         plan.append((LARGE, names))
     cases = []
     for shape, present in plan:
