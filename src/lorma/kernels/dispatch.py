@@ -131,6 +131,8 @@ def _activations(o: Operands, way: Way | None) -> Tensor:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast rounds ``x`` to before a product; None if it leaves it alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None

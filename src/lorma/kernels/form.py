@@ -123,7 +123,7 @@ def run(form: Form, operands: Operands, kept: Tensor | None = None) -> Tensor:
         trained = o.weight is not None and o.weight.requires_grad
         if differentiable and not compiling and o.x.is_inference():
             o = replace(o, x=o.x.clone())
-    if trained or only_plain_operations() or form.is_plain(o, differentiable):
+    if trained or form.is_plain(o, differentiable) or only_plain_operations():
         return _reference(form, o)
     if compiling:
         out = _operator(o.x, o.weight, o.bias, o.A, o.B, o.scaling, form.name, o.dtype)[0]
@@ -145,6 +145,8 @@ def only_plain_operations() -> bool:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """While active, products are computed in the dtype that they are given."""
+    if not torch._C._is_any_autocast_enabled():
+        return _NOTHING
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else _NOTHING

@@ -37,7 +37,7 @@ _FEW = 16
 def _is_plain(o: Operands, differentiable: bool) -> bool:
     if differentiable:
         return o.x.numel() <= _SMALL
-    return torch.compiler.is_compiling() or not triton_low_rank.available(o.x, len(o.A))
+    return torch.compiler.is_compiling() or not (o.x.is_cuda and triton_low_rank.available(o.x, len(o.A)))
 
 
 def _keeps_y(o: Operands) -> bool:
