@@ -1,4 +1,4 @@
-"""LoRMA₊ without forming anything of size n × n, and with nothing kept that LoRA does not keep.
+"""LoRMA₊ without forming anything of size n × n; by hand, nothing is kept that LoRA does not keep.
 
 With g the gradient of the output and s·B written as ``Bs``:
 
