@@ -8,5 +8,6 @@ formula, which also takes its place where it cannot serve (see :mod:`lorma.kerne
 
 from lorma.kernels.dispatch import multiplied_linear, multiply, multiply_rows, rows_belong_together
 from lorma.kernels.folding import FoldedWeight
+from lorma.kernels.form import under_autocast
 
-__all__ = ["FoldedWeight", "multiplied_linear", "multiply", "multiply_rows", "rows_belong_together"]
+__all__ = ["FoldedWeight", "multiplied_linear", "multiply", "multiply_rows", "rows_belong_together", "under_autocast"]

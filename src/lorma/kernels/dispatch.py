@@ -13,7 +13,7 @@ from lorma.functional.multiplier import Scaling
 from lorma.kernels.circular import CORRELATE, correlated_rows
 from lorma.kernels.costs import Shape, Way, cheapest, kind_of, rates, together
 from lorma.kernels.folding import FoldedWeight
-from lorma.kernels.form import Operands, only_plain_operations, run, without_autocast
+from lorma.kernels.form import Operands, only_plain_operations, run, under_autocast, without_autocast
 from lorma.kernels.low_rank import LOW_RANK, LOW_RANK_LINEAR
 from lorma.kernels.permutation import FOLD_POST, FOLD_PRE, ROTATE, folded_post, folded_pre
 
@@ -131,12 +131,9 @@ def _activations(o: Operands, way: Way | None) -> Tensor:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast rounds ``x`` to before a product; None if it leaves it alone."""
-    if not torch._C._is_any_autocast_enabled():
+    if not under_autocast(x) or not x.is_floating_point() or x.dtype == torch.float64:
         return None
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _fitting_dtype(x: Tensor, A: Tensor) -> torch.dtype | None:

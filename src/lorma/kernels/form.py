@@ -143,13 +143,17 @@ def only_plain_operations() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` is."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """While active, products are computed in the dtype that they are given."""
-    if not torch._C._is_any_autocast_enabled():
-        return _NOTHING
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else _NOTHING
+    return torch.autocast(x.device.type, enabled=False) if under_autocast(x) else _NOTHING
 
 
 def _reference(form: Form, o: Operands) -> Tensor:

@@ -29,7 +29,7 @@ from lorma.kernels import triton_low_rank
 from lorma.kernels.form import Form, Gradients, Operands, as_rows, in_dtype, only_plain_operations, register
 
 _SMALL = 2**19
-"""Numbers in x up to which Python costs more than a pass over them."""
+"""Numbers in x up to which Python costs more than a pass over them, as measured on CPUs."""
 _FEW = 16
 """Inputs of a layer for each token from which on y is kept: it is no more than a sixteenth of the weight."""
 

@@ -97,7 +97,7 @@ def factor_gradients(
         turned[:, n:] = gradient[:, :stop]
         back = turned.as_strided((count, n), (n + stop + 1, 1), start)
         parts.append(F.linear(back, A))
-        part = in_dtype(B[start:stop].mT @ back, o.A.dtype)
+        part = in_dtype(B[start:stop].mT @ back, torch.promote_types(o.A.dtype, o.dtype))
         dA = part if dA is None else dA.add_(part)
     dB = parts[0] if len(parts) == 1 else torch.cat(parts)
     return cast(Tensor, dA) * o.scaling, dB * o.scaling

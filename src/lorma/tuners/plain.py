@@ -1,4 +1,4 @@
-"""Linear layers whose weight can be used without calling them."""
+"""What can be passed by: the call of a linear layer whose weight is at hand, a dropout that drops nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 _KINDS, _WEIGHTS = (nn.Linear, Conv1D), (nn.Parameter, Tensor)
+
+
+def drops(dropout: nn.Module | None) -> bool:
+    """Whether an adapter's dropout does anything now; what is neither of PyTorch's two may."""
+    return type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:

@@ -14,13 +14,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorma import functional, kernels
 from lorma.functional.multiplier import Inflation
 from lorma.tuners.calling import CallingLayer
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.placing import in_place, whole
+from lorma.tuners.plain import drops
 from lorma.tuners.routes import Group, Routes, divide
 
 
@@ -35,8 +36,7 @@ class ChannelLayer(CallingLayer, LormaLayer):
         if type(x) is not Tensor or name in self.fused or name in cast(Any, held["lorma_magnitude_vector"]):
             return False
         dropout = held["lorma_dropout"]._modules[name]  # type: ignore[union-attr]
-        drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
-        special = drops or self.inflation[name] == "none" or self.blocks > 1
+        special = drops(dropout) or self.inflation[name] == "none" or self.blocks > 1
         return not special and not getattr(held["lorma_A"], name).is_meta
 
     def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:

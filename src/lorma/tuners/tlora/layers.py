@@ -6,15 +6,14 @@ import math
 from abc import abstractmethod
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorma import functional
+from lorma import functional, kernels
 from lorma.tuners.attention import AttentionLayer
 from lorma.tuners.parameter import ParameterLayer, ParameterWrapper
-from lorma.tuners.plain import plain_weight
+from lorma.tuners.plain import drops, plain_weight
 from lorma.tuners.tlora.config import TLoraConfig
 from lorma.tuners.tlora.layer import TLoraLayer
 from lorma.tuners.updating import UpdatingLayer
@@ -37,13 +36,10 @@ class Linear(Updated):
     def _is_plain(self, name: str, x: Tensor) -> bool:
         held = self._modules  # looked up once: this is called for every token that is generated
         dropout, A = held["tlora_dropout"]._modules[name], self.tlora_A[name]  # type: ignore[union-attr]
-        drops = type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
-        if drops or type(x) is not Tensor or A.is_meta or getattr(held["tlora_B"], name).is_meta:
+        if drops(dropout) or type(x) is not Tensor or A.is_meta or getattr(held["tlora_B"], name).is_meta:
             return False
-        device, weight = x.device.type, plain_weight(self.base_layer)
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return False
-        return weight is not None and x.dtype == weight.dtype == A.dtype
+        weight = plain_weight(self.base_layer)
+        return weight is not None and x.dtype == weight.dtype == A.dtype and not kernels.under_autocast(x)
 
     def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """The update is added to the base layer's output where it lies; nothing but x·A (r numbers a token) is kept."""
