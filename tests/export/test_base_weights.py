@@ -126,3 +126,5 @@ def test_only_the_adapted_weights_are_read(exported_case, bases, copied, tmp_pat
     for shard in set(index.values()) - {needed}:
         (folder / shard).unlink()
     export_lora(adapter, tmp_path / "lora", base=Base(str(folder), auto_model="AutoModelForCausalLM"))
+    written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {key.split(".lora_")[0].split("layers.")[1] for key in written} == {"1.self_attn.k_proj"}

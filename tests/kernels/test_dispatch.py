@@ -350,16 +350,19 @@ def test_a_multiplier_for_each_row(inflation, bias, chunk, monkeypatch):
     assert_close(narrow.double(), kernels.multiply_rows(x, A, B, which, inflation), atol=0.1, rtol=0.05)
 
 
-def test_rows_of_a_permutation_are_taken_together_while_their_tokens_are_few():
-    A = torch.zeros(8, 1024)
-    assert kernels.rows_belong_together(1, A, "permutation")
-    assert not kernels.rows_belong_together(4096, torch.zeros(64, 256), "permutation")
-    assert kernels.rows_belong_together(4096, A, "plus")
-    assert not kernels.rows_belong_together(1, A, "none")
+def test_rows_are_taken_together_where_that_is_cheaper():
+    A, together = torch.zeros(8, 1024), kernels.rows_belong_together
+    assert together(64, 16, 1, A, "permutation")
+    assert not together(64, 16, 4096, torch.zeros(64, 256), "permutation")
+    assert together(64, 64, 4096, A, "plus")
+    assert not together(64, 8, 1, A, "plus")
+    assert together(64, 8, 1, A.to("meta"), "plus")
+    assert not together(64, 64, 1, A, "none")
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one-by-one"])
 @pytest.mark.parametrize("side", ["pre", "post"])
-def test_a_mixed_batch_of_permutations_takes_each_kind_once(side, monkeypatch):
+def test_a_mixed_batch_takes_rows_together_or_one_adapter_after_the_other(side, together, monkeypatch):
     model = nn.ModuleDict({"p": nn.Linear(16, 24)})
     model = get_peft_model(model, LormaConfig(r=3, target_modules=["p"], inflation="permutation", side=side))
     for name, inflation in (("other", "permutation"), ("plus", "plus"), ("plus2", "plus")):
@@ -370,9 +373,10 @@ def test_a_mixed_batch_of_permutations_takes_each_kind_once(side, monkeypatch):
             factor.add_(0.1 * torch.randn_like(factor))
     rows = kernels.multiply_rows
     monkeypatch.setattr(kernels, "multiply_rows", lambda *a: calls.append(a[4]) or rows(*a))
+    monkeypatch.setattr(kernels, "rows_belong_together", lambda *a: together)
     x, names = torch.randn(7, 16), ["plus", "default", "__base__", "other", "plus2", "default", "other"]
     out = adapted(x, adapter_names=names)
-    assert sorted(calls) == ["permutation", "plus"]
+    assert sorted(calls) == (["permutation", "plus"] if together else [])
     for row, name, found in zip(x, names, out, strict=True):
         if name == "__base__":
             assert_close(found, adapted.get_base_layer()(row))

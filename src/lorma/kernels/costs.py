@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from typing import Literal, TypeAlias
@@ -105,12 +105,20 @@ def _transforms(shape: Shape, rate: Rates) -> float:
     return transform * shape.tokens * (shape.r + 1) * n * math.log2(max(n, 2))
 
 
-def together(shape: Shape, rate: Rates) -> bool:
-    """Whether rows with multipliers of their own are best correlated all at once, as they share the calls of that.
+def together(shape: Shape, rate: Rates, rows: int, adapters: int) -> bool:
+    """Whether rows with multipliers of their own are best correlated all at once, each with a copy of its factors.
 
-    The other way is to form one multiplier after the other. ``shape.tokens`` is that of one row.
+    The other way is one adapter after the other, by the cheapest way for it.
+
+    Args:
+        shape: of one row.
+        rate: what operations cost.
+        rows: how many rows there are.
+        adapters: how many adapters they have between them.
     """
-    return _transforms(shape, rate) <= costs(shape, rate, training=False)["multiply"]
+    everything, each = (replace(shape, tokens=shape.tokens * rows // parts) for parts in (1, adapters))
+    at_once = _transforms(everything, rate) + 2 * rate.element * rows * shape.r * shape.n + 8 * rate.call
+    return at_once <= adapters * (min(costs(each, rate, training=False).values()) + 8 * rate.call)
 
 
 def cheapest(shape: Shape, rate: Rates, *, training: bool) -> Way:

@@ -17,6 +17,9 @@ from lorma.kernels.form import Operands, only_plain_operations, run, under_autoc
 from lorma.kernels.low_rank import LOW_RANK, LOW_RANK_LINEAR
 from lorma.kernels.permutation import FOLD_POST, FOLD_PRE, ROTATE, folded_post, folded_pre
 
+_CALL = 2**15
+"""Numbers that a CPU copies in the time of a call of :func:`multiply`."""
+
 
 def multiply(
     x: Tensor, A: Tensor, B: Tensor, scaling: Scaling, inflation: Inflation, bias: Tensor | None = None
@@ -63,15 +66,23 @@ def multiply_rows(
     return multiply(x, A[which], B[which], 1.0, inflation, bias)
 
 
-def rows_belong_together(tokens: int, A: Tensor, inflation: Inflation) -> bool:
+def rows_belong_together(rows: int, adapters: int, tokens: int, A: Tensor, inflation: Inflation) -> bool:
     """Whether :func:`multiply_rows` beats :func:`multiply` for one adapter after the other.
 
-    For LoRMAπ as long as the ``tokens`` of a row are few.
+    Together each row has a copy of its factors, which on a CPU takes longer than a call for each adapter where several
+    rows have the same.
+
+    Args:
+        rows: how many rows there are.
+        adapters: how many adapters they have between them.
+        tokens: in each row.
+        A: r × n, of one of the adapters.
+        inflation: their multiplier.
     """
-    if inflation != "permutation":
-        return inflation == "plus"
-    r, n = A.shape
-    return together(Shape(tokens, n, 0, r), rates(kind_of(A.device.type), A.dtype))
+    if inflation == "permutation":
+        r, n = A.shape
+        return together(Shape(tokens, n, 0, r), rates(kind_of(A.device.type), A.dtype), rows, adapters)
+    return inflation == "plus" and (A.device.type != "cpu" or 2 * rows * A.numel() <= _CALL * adapters)
 
 
 def multiplied_linear(

@@ -45,7 +45,7 @@ class CallingLayer(nn.Module, AdapterLayer):
             if len(names) == 1 and self._is_plain(names[0], x):
                 return self._forward_alone(x, names[0], *args, **kwargs)
         else:
-            names = [name for name in adapter_names if name in self.undo]
+            names = [name for name in dict.fromkeys(adapter_names) if name in self.undo]
         with in_place([getattr(self, held) for held in (*self.adapter_layer_names, *self.fixed_names)]):
             if not x.is_meta:
                 self.check_factors_loaded(names)

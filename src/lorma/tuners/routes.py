@@ -17,17 +17,19 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a mixed batch whose adapters differ in nothing but their numbers, so that one product serves all.
+    """Rows of a mixed batch whose adapters differ in nothing but their numbers, so that one product can serve all.
 
     Attributes:
-        rows: which rows, ascending.
-        names: the adapter of each.
+        rows: which rows, those of one adapter after those of another.
+        names: the adapters.
+        counts: how many rows each has.
         on_inputs: whether they multiply the input of the base layer, and not its output.
         inflation: which multiplier they have.
     """
 
     rows: Tensor
     names: list[str]
+    counts: list[int]
     on_inputs: bool
     inflation: Inflation
 
@@ -44,20 +46,20 @@ def divide(
         adapter_names: one for each row; names that are not ``known`` stand for the base layer.
         kind_of: whether an adapter acts on inputs, its inflation and its rank; None if it cannot be grouped.
     """
-    single: dict[str, list[int]] = {}
-    together: dict[tuple[bool, Inflation, int], list[int]] = {}
-    kinds = {name: kind_of(name) for name in dict.fromkeys(adapter_names) if name in known}
+    rows_of: dict[str, list[int]] = {}
     for row, name in enumerate(adapter_names):
-        if name not in kinds:
-            continue
-        kind = kinds[name]
-        if kind is None:
-            single.setdefault(name, []).append(row)
-        else:
-            together.setdefault(kind, []).append(row)
-    routes: Routes = [(torch.tensor(rows, device=device), [name]) for name, rows in single.items()]
-    groups = [
-        Group(torch.tensor(rows, device=device), [adapter_names[row] for row in rows], on_inputs, inflation)
-        for (on_inputs, inflation, _), rows in together.items()
-    ]
+        rows_of.setdefault(name, []).append(row)
+    routes: Routes = []
+    together: dict[tuple[bool, Inflation, int], list[str]] = {}
+    for name, rows in rows_of.items():
+        if name in known:
+            kind = kind_of(name)
+            if kind is None:
+                routes.append((torch.tensor(rows, device=device), [name]))
+            else:
+                together.setdefault(kind, []).append(name)
+    groups = []
+    for (on_inputs, inflation, _), names in together.items():
+        order = torch.tensor([row for name in names for row in rows_of[name]], device=device)
+        groups.append(Group(order, names, [len(rows_of[name]) for name in names], on_inputs, inflation))
     return routes, groups

@@ -66,13 +66,10 @@ class ChannelLayer(CallingLayer, LormaLayer):
     # A mixed batch: for each row its own adapter
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        tokens = self._channels_last(x).shape[1:-1].numel()
-
         def kind_of(name: str) -> tuple[bool, Inflation, int] | None:
-            A, inflation = self.lorma_A[name], self.inflation[name]
-            if not self._is_plain(name, x) or not kernels.rows_belong_together(tokens, A, inflation):
+            if not self._is_plain(name, x):
                 return None
-            return self._acts_on_inputs(name), inflation, len(A)
+            return self._acts_on_inputs(name), self.inflation[name], self.r[name]
 
         routes, groups = divide(adapter_names, self.undo, kind_of, x.device)
         for group in groups:
@@ -87,20 +84,21 @@ class ChannelLayer(CallingLayer, LormaLayer):
         return result
 
     def _multiplied_rows(self, x: Tensor, group: Group, bias: Tensor | None = None) -> Tensor:
-        """Each row of a group multiplied by its own adapter, all in one batched product."""
+        """Each row of a group multiplied by its own adapter: in one batched product, or one adapter after another."""
         bias = None if bias is None else whole(bias)
         part = x.index_select(0, group.rows)
-        names = {name: number for number, name in enumerate(dict.fromkeys(group.names))}
-        if len(names) == 1:
-            return x.index_copy(0, group.rows, self._multiplied(part, group.names[0], bias))
-        part = self._channels_last(part)
-        factors = [self._factors(name) for name in names]
-        A = torch.stack([a for a, _ in factors])
-        B = torch.stack([b * self.scaling[name] for (_, b), name in zip(factors, names, strict=True)])
-        which = torch.tensor([names[name] for name in group.names], device=x.device)
-        tokens = part.reshape(len(part), -1, part.shape[-1])
-        product = kernels.multiply_rows(tokens, A, B, which, group.inflation, bias)
-        return x.index_copy(0, group.rows, self._channels_back(product.view(part.shape)))
+        channels = self._channels_last(part)
+        factors = [self._factors(name) for name in group.names]
+        shape = len(part), len(factors), channels.shape[1:-1].numel()
+        if len(factors) > 1 and kernels.rows_belong_together(*shape, factors[0][0], group.inflation):
+            A = torch.stack([a for a, _ in factors])
+            B = torch.stack([b * self.scaling[name] for (_, b), name in zip(factors, group.names, strict=True)])
+            which = torch.arange(len(factors)).repeat_interleave(torch.tensor(group.counts)).to(x.device)
+            tokens = channels.reshape(len(part), -1, channels.shape[-1])
+            product = kernels.multiply_rows(tokens, A, B, which, group.inflation, bias).view(channels.shape)
+            return x.index_copy(0, group.rows, self._channels_back(product))
+        pieces = zip(part.split(group.counts), group.names, strict=True)
+        return x.index_copy(0, group.rows, torch.cat([self._multiplied(piece, name, bias) for piece, name in pieces]))
 
     def _forward_several(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         result = self._call_base(x, [(None, names)], *args, **kwargs)
