@@ -6,8 +6,16 @@ where its weight can be read, which saves memory (LoRMA₊) or time (LoRMAπ). E
 formula, which also takes its place where it cannot serve (see :mod:`lorma.kernels.form`).
 """
 
+from lorma.kernels.context import add_product, under_autocast
 from lorma.kernels.dispatch import multiplied_linear, multiply, multiply_rows, rows_belong_together
-from lorma.kernels.folding import FoldedWeight
-from lorma.kernels.form import under_autocast
+from lorma.kernels.held import HeldResult
 
-__all__ = ["FoldedWeight", "multiplied_linear", "multiply", "multiply_rows", "rows_belong_together", "under_autocast"]
+__all__ = [
+    "HeldResult",
+    "add_product",
+    "multiplied_linear",
+    "multiply",
+    "multiply_rows",
+    "rows_belong_together",
+    "under_autocast",
+]

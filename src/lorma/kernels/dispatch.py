@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from lorma.functional import Inflation, Side, multiplier_update
 from lorma.functional.multiplier import Scaling
 from lorma.kernels.circular import CORRELATE, correlated_rows
+from lorma.kernels.context import is_watched, only_plain_operations, under_autocast, without_autocast
 from lorma.kernels.costs import Shape, Way, cheapest, kind_of, rates, together
-from lorma.kernels.folding import FoldedWeight
-from lorma.kernels.form import Operands, only_plain_operations, run, under_autocast, without_autocast
+from lorma.kernels.form import Operands, is_narrow, run
+from lorma.kernels.held import HeldResult
 from lorma.kernels.low_rank import LOW_RANK, LOW_RANK_LINEAR
 from lorma.kernels.permutation import FOLD_POST, FOLD_PRE, ROTATE, folded_post, folded_pre
 
@@ -96,7 +97,7 @@ def multiplied_linear(
     side: Side,
     *,
     transposed: bool = False,
-    folded: FoldedWeight | None = None,
+    folded: HeldResult | None = None,
 ) -> Tensor | None:
     """``x·(I(BA)·W0)ᵀ + bias`` (side ``pre``) or ``x·(W0·I(BA))ᵀ + bias`` (``post``) for a weight at hand.
 
@@ -154,8 +155,11 @@ def _fitting_dtype(x: Tensor, A: Tensor) -> torch.dtype | None:
 
 
 def _may_hold(o: Operands) -> bool:
-    """Whether a folded weight may outlive the call: only while training here, and where no weight is sharded."""
-    if torch.compiler.is_compiling() or only_plain_operations() or not torch.is_grad_enabled():
+    """Whether a folded weight may outlive the call: only while training here, and where no weight is sharded.
+
+    And not while somebody looks on who expects the same operations when a part of the model is computed again.
+    """
+    if torch.compiler.is_compiling() or only_plain_operations() or is_watched() or not torch.is_grad_enabled():
         return False
     weight = o.base
     if weight.requires_grad or weight.is_inference():
@@ -178,7 +182,9 @@ def _way(o: Operands, inflation: Inflation) -> Way | None:
     if only_plain_operations():
         return "multiply"
     n = o.A.shape[-1]
-    m = 0 if o.weight is None or o.dtype.itemsize < 4 else o.weight.numel() // n
+    m = 0 if o.weight is None or is_narrow(o.dtype) else o.weight.numel() // n
     training = torch.is_grad_enabled() and (o.x.requires_grad or o.A.requires_grad or o.B.requires_grad)
     shape = Shape(o.x.shape[:-1].numel(), n, m, o.A.shape[0])
-    return cheapest(shape, rates(kind_of(o.x.device.type), o.dtype), training=training)
+    # With few bits a pass without gradients must be rounded as one with them: reinforcement learning compares the two.
+    as_trained = training or is_narrow(o.dtype)
+    return cheapest(shape, rates(kind_of(o.x.device.type), o.dtype), training=as_trained)

@@ -11,12 +11,13 @@ product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from lorma.kernels.context import only_plain_operations, without_autocast
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of ``x``, ``bias``, ``A`` and ``B``; None where none is asked for."""
@@ -91,7 +92,6 @@ class Form:
 
 
 FORMS: dict[str, Form] = {}
-_NOTHING = nullcontext()
 
 
 def register(form: Form) -> Form:
@@ -136,24 +136,19 @@ def run(form: Form, operands: Operands, kept: Tensor | None = None) -> Tensor:
     return cast(Tensor, out).view(*o.x.shape[:-1], out.shape[-1])
 
 
-def only_plain_operations() -> bool:
-    """Whether something looks on that must see PyTorch's own operations: a transform, a tracer, forward-mode AD."""
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether a dtype has so few bits that rounding a sum to it may lose its small part."""
+    return dtype.itemsize < 4
 
 
-def under_autocast(x: Tensor) -> bool:
-    """Whether autocast is on where ``x`` is."""
-    if not torch._C._is_any_autocast_enabled():
-        return False
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def centred(o: Operands, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``z − bias``, and what of the bias is left to be taken from products of it.
 
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """While active, products are computed in the dtype that they are given."""
-    return torch.autocast(x.device.type, enabled=False) if under_autocast(x) else _NOTHING
+    Taking it from products saves a pass over z. In a narrow dtype the bias goes first: a product is rounded, and with
+    a large bias in it nothing of what matters may be left.
+    """
+    bias = o.shift
+    return (z - bias, None) if bias is not None and is_narrow(o.dtype) else (z, bias)
 
 
 def _reference(form: Form, o: Operands) -> Tensor:
@@ -177,7 +172,8 @@ class _Run(torch.autograd.Function):
         operands = Operands(x, weight, bias, A, B, ctx.scaling, ctx.dtype)
         needs = [ctx.needs_input_grad[i] for i in (3, 5, 6, 7)]
         with without_autocast(grads[0]):
-            if torch.is_grad_enabled():
+            batched = torch._C._functorch.is_legacy_batchedtensor(grads[0])
+            if batched or torch.is_grad_enabled() or only_plain_operations():
                 found = _differentiable_gradients(ctx.form, grads[0], operands, needs)
             else:
                 found = _gradients(ctx.form, grads[0], operands, kept, needs)
@@ -193,15 +189,17 @@ def _gradients(form: Form, grad: Tensor, o: Operands, kept: Tensor, needs: Seque
 
 
 def _differentiable_gradients(form: Form, grad: Tensor, o: Operands, needs: Sequence[bool]) -> Gradients:
-    """Gradients that can themselves be differentiated (``create_graph=True``), from the reference.
+    """Gradients from the reference, to be differentiated again (``create_graph``) or batched (``is_grads_batched``).
 
     They are taken with respect to aliases: A may also be in the history of ``x``, which is not asked for here.
     """
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in (o.x, o.bias, o.A, o.B)]
-    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-    x, bias, A, B = aliases
-    out = as_rows(_reference(form, replace(o, x=x, bias=bias, A=A, B=B)))
-    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases: list[Any] = [None if t is None else t.view_as(t) for t in (o.x, o.bias, o.A, o.B)]
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+        x, bias, A, B = aliases
+        out = as_rows(_reference(form, replace(o, x=x, bias=bias, A=A, B=B)))
+    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=again))
     return cast(Gradients, tuple(next(found) if need else None for need in needs))
 
 

@@ -11,7 +11,8 @@ With g the gradient of the output and s·B written as ``Bs``:
 The formulas keep the same and A·W0 (r × k), because ``u = x·(A·W0)ᵀ`` as well. Their backward pass is PyTorch's own,
 without a line of Python, and takes one pass over dx more: the quicker way until x has half a million numbers. With so
 few tokens that even reading W0 is work, ``u = y·Aᵀ`` reads it two times less; y is kept then, which is small beside
-the weight.
+the weight. In less than float32 a pass without gradients is computed as one with them, to the bit: reinforcement
+learning compares the two.
 
 Thin products are written for the libraries that compute them: on a CPU ``(uᵀg)ᵀ`` takes a third to a seventh of the
 time of ``gᵀu``, and ``g·Bs`` two thirds when ``Bsᵀ`` is contiguous.
@@ -26,7 +27,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorma.kernels import triton_low_rank
-from lorma.kernels.form import Form, Gradients, Operands, as_rows, in_dtype, only_plain_operations, register
+from lorma.kernels.context import add_product
+from lorma.kernels.form import (
+    Form,
+    Gradients,
+    Operands,
+    as_rows,
+    centred,
+    in_dtype,
+    is_narrow,
+    register,
+)
 
 _SMALL = 2**19
 """Numbers in x up to which Python costs more than a pass over them, as measured on CPUs."""
@@ -35,7 +46,7 @@ _FEW = 16
 
 
 def _is_plain(o: Operands, differentiable: bool) -> bool:
-    if differentiable:
+    if differentiable or (is_narrow(o.dtype) and o.x.numel() > _SMALL):
         return o.x.numel() <= _SMALL
     return torch.compiler.is_compiling() or not (o.x.is_cuda and triton_low_rank.available(o.x, len(o.A)))
 
@@ -68,22 +79,25 @@ def _low_rank(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
     if triton_low_rank.available(z, len(o.A)):
         return _in_one_launch(z, o)
     A, Bt = _factors(o)
-    u = _down(z, A, o.shift)
+    inner, bias = centred(o, z)
+    u = _down(inner, A, bias)
     return torch.addmm(z, u, Bt), u
 
 
 def _low_rank_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]) -> Gradients:
     A, Bt = _factors(o)
-    g, bias = as_rows(grad), o.shift
+    g = as_rows(grad)
     v = F.linear(g, Bt)
     dz = torch.addmm(g, v, A).view(o.x.shape) if needs[0] else None
-    dA = v.mT @ o.rows if needs[2] else None
+    dA = dbias = None
+    total = v.sum(0) if o.bias is not None else None
+    if needs[2]:
+        inner, bias = centred(o, o.rows)
+        dA = v.mT @ inner
+        dA = dA if bias is None or total is None else dA.addr_(total, bias, alpha=-1)
+    if needs[1] and total is not None:
+        dbias = -(total @ A)
     dB = (u.mT @ g).mT * o.scaling if needs[3] else None
-    dbias = None
-    if bias is not None:
-        total = v.sum(0)
-        dbias = -(total @ A) if needs[1] else None
-        dA = None if dA is None else dA.addr_(total, bias, alpha=-1)
     return dz, dbias, dA, dB
 
 
@@ -94,16 +108,14 @@ def _low_rank_formula(o: Operands) -> Tensor:
 
 
 def _linear(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
-    bias = o.shift
-    # In low precision a large bias, added before, would take the last bits of what is multiplied.
-    late = bias is not None and o.dtype.itemsize < 4
-    out = F.linear(o.rows, o.base, None if late else bias)
-    if not late and triton_low_rank.available(out, len(o.A)):
+    x, weight, bias = o.rows, o.base, o.shift
+    out = F.linear(x, weight, bias)
+    if triton_low_rank.available(out, len(o.A)):
         return _in_one_launch(out, o)
     A, Bt = _factors(o)
-    u = _down(out, A, None if late else bias)
-    out.addmm_(u, Bt)
-    return out.add_(bias) if late and bias is not None else out, u
+    # As in centred(), for less than a pass over the output.
+    u = F.linear(x, A @ weight) if bias is not None and is_narrow(o.dtype) else _down(out, A, bias)
+    return add_product(out, u, Bt), u
 
 
 def _linear_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]) -> Gradients:
@@ -125,17 +137,13 @@ def _linear_backward(grad: Tensor, o: Operands, u: Tensor, needs: Sequence[bool]
 def _linear_formula(o: Operands) -> Tensor:
     x, weight, bias = o.rows, o.base, o.shift
     A, Bt = in_dtype(o.A, o.dtype), in_dtype(o.B, o.dtype).mT
-    late, add = False, torch.addmm if only_plain_operations() else Tensor.addmm_
-    if torch.is_grad_enabled() and not _keeps_y(o):
-        y = F.linear(x, weight, bias)
-        u = F.linear(x, A @ weight)
+    y = F.linear(x, weight, bias)
+    as_trained = is_narrow(o.dtype) and not torch.compiler.is_compiling()
+    if (torch.is_grad_enabled() or as_trained) and not _keeps_y(o):
+        out = add_product(y, F.linear(x, A @ weight), Bt, o.scaling)
     else:
-        late = bias is not None and o.dtype.itemsize < 4
-        y = F.linear(x, weight, None if late else bias)
-        u = F.linear(y if late or bias is None else y - bias, A)
-        add = torch.addmm if u.requires_grad else add
-    out = add(y, u, Bt, alpha=o.scaling)
-    out = out + bias if late and bias is not None else out
+        u = F.linear(y if bias is None else y - bias, A)
+        out = torch.addmm(y, u, Bt, alpha=o.scaling) if u.requires_grad else add_product(y, u, Bt, o.scaling)
     return out if o.x.ndim == 2 else out.view(*o.x.shape[:-1], out.shape[1])
 
 

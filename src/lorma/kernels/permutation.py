@@ -24,12 +24,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorma.kernels.circular import permuted
-from lorma.kernels.form import Form, Gradients, Operands, as_rows, compiled_without_gradients, in_dtype, register
+from lorma.kernels.form import (
+    Form,
+    Gradients,
+    Operands,
+    as_rows,
+    centred,
+    compiled_without_gradients,
+    in_dtype,
+    is_narrow,
+    register,
+)
 from lorma.kernels.rotation import factor_gradients, multiplier_blocks
-
-
-def _is_apart(dtype: torch.dtype) -> bool:
-    return dtype.itemsize < 4
 
 
 def _accumulate(sum_so_far: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -37,24 +43,24 @@ def _accumulate(sum_so_far: Tensor | None, left: Tensor, right: Tensor) -> Tenso
 
 
 def _rotate(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
-    apart = _is_apart(o.dtype)
-    z, bias = o.rows, o.shift
+    apart, z = is_narrow(o.dtype), o.rows
+    inner, bias = centred(o, z)
     out = z.new_empty(z.shape)
     for rows, block in multiplier_blocks(o, apart=apart):
-        torch.mm(z, block.mT, out=out[:, rows])
+        torch.mm(inner, block.mT, out=out[:, rows])
         if bias is not None:
-            out[:, rows] += (0 if apart else bias[rows]) - block @ bias
+            out[:, rows] += bias[rows] - block @ bias
     if apart:
         out += z
     return out, out.new_empty(0)
 
 
 def _rotate_backward(grad: Tensor, o: Operands, _: Tensor, needs: Sequence[bool]) -> Gradients:
-    g, z, bias = as_rows(grad), o.rows, o.shift
-    total = None if bias is None else g.sum(0)
+    g = as_rows(grad)
+    total = None if o.bias is None else g.sum(0)
     dz = dbias = dA = dB = None
     if needs[0] or needs[1]:
-        apart = _is_apart(o.dtype)
+        apart = is_narrow(o.dtype)
         dz = g.clone() if apart and needs[0] else None
         for rows, block in multiplier_blocks(o, apart=apart):
             if needs[0]:
@@ -65,7 +71,8 @@ def _rotate_backward(grad: Tensor, o: Operands, _: Tensor, needs: Sequence[bool]
         dz = None if dz is None else dz.view(o.x.shape)
         dbias = None if dbias is None or total is None else (0 if apart else total) - dbias
     if needs[2] or needs[3]:
-        dA, dB = factor_gradients(o, g.mT, z, None if total is None or bias is None else (total, bias))
+        inner, bias = centred(o, o.rows)
+        dA, dB = factor_gradients(o, g.mT, inner, None if total is None or bias is None else (total, bias))
     return dz, dbias, dA, dB
 
 

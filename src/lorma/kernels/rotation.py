@@ -46,7 +46,7 @@ def _room(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.
     held: Tensor | None = getattr(_work_space, name, None)
     if held is None or held.dtype != dtype or held.numel() < rows * columns:
         with torch.inference_mode(False):
-            held = torch.empty(rows * columns, dtype=dtype)
+            held = torch.empty(rows * columns, dtype=dtype, device=device)
         setattr(_work_space, name, held)
     return held.as_strided((rows, columns), (columns, 1))
 

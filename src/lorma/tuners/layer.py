@@ -36,6 +36,7 @@ class AdapterLayer(MergeableLayer):
         self.layer_name = self.pattern_name = layer_name
         self.undo: dict[str, str] = {}
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
         self.merged_adapters: list[str] = []
         self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self.in_features, self.out_features = self._features()

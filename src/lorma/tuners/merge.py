@@ -291,7 +291,7 @@ class MergeableLayer(BaseTunerLayer):
         setattr(base, name, nn.Parameter(weight, requires_grad=self._parameter().requires_grad))
 
     def _floating_weight(self) -> Tensor:
-        weight = self._parameter().data
+        weight = self._parameter().detach()
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(
                 f"the weight of {self.layer_name} is stored as {weight.dtype}; merging needs a floating-point weight "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorma.tuners.adapter_file import check_known
 from lorma.tuners.batches import mixed_batch
+from lorma.tuners.encoders import leave_fast_paths, return_to_fast_paths
 from lorma.tuners.kinds import Kinds, check_fan_in_fan_out, check_mamba, layer_class
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.originals import MergeReport, remember
@@ -41,6 +42,7 @@ class AdapterModel(BaseTuner):
             targets = config.target_modules or ()
             near = closest_modules(model, [targets] if isinstance(targets, str) else sorted(targets))
             raise NoMatchingPeftModuleError(f"{error} Closest names in this model: {near}.") from None
+        leave_fast_paths(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -100,8 +102,6 @@ class AdapterModel(BaseTuner):
             quantization = get_quantization_kwargs(self.model)
             layer = cls(target, adapter_name, layer_name=current_key, quantization=quantization, **options)
             layer.model_dtype = getattr(self.model, "dtype", None)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # the ordinary path; the fast one would read weights past our layers
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -212,6 +212,7 @@ class AdapterModel(BaseTuner):
                 self._check_finite(adapter_names)
         unload: Any = super()._unload_and_optionally_merge
         model = unload(merge, progressbar, safe_merge, adapter_names)
+        return_to_fast_paths(model)
         tell_requantization({r.layer: r.requantization_error for r in reports})
         return model
 

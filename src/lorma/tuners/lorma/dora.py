@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorma import functional
 from lorma.functional.multiplier import Scaling, Side, widen
+from lorma.kernels import HeldResult
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.placing import gathered, whole
 
@@ -29,8 +30,7 @@ class MagnitudeLayer(AdapterLayer):
     side: dict[str, Side]
     scaling: dict[str, Scaling]
     out_features: int
-    _norms: dict[str, Tensor]
-    _norms_key: dict[str, Any]
+    _norms: dict[str, HeldResult]
 
     @abstractmethod
     def _matrices(self, weight: Tensor, side: Side) -> Tensor:
@@ -92,17 +92,16 @@ class MagnitudeLayer(AdapterLayer):
         magnitude = self.lorma_magnitude_vector[adapter_name]
         if torch.compiler.is_compiling():
             return self._factor(magnitude, self._multiplied_norms(adapter_name))
-        keep = not (torch.is_grad_enabled() or cast(Any, self).training)
-        held = (self.get_base_layer().weight, self.lorma_A[adapter_name], self.lorma_B[adapter_name])
-        key = [(id(tensor), tensor._version) for tensor in held] if keep else None
-        if keep and adapter_name in self._norms and self._norms_key.get(adapter_name) == key:
-            norms = self._norms[adapter_name]
-        else:
+        if torch.is_grad_enabled() or cast(Any, self).training:
+            self._norms.pop(adapter_name, None)
+            return self._factor(magnitude, self._multiplied_norms(adapter_name))
+        held = self._norms.setdefault(adapter_name, HeldResult())
+        A, B, s = self.lorma_A[adapter_name], self.lorma_B[adapter_name], self.scaling[adapter_name]
+        weight = cast(Tensor, self.get_base_layer().weight)
+        norms = held.look_up(weight, A, B, s)
+        if norms is None:
             norms = self._multiplied_norms(adapter_name)
-            if keep:
-                self._norms[adapter_name], self._norms_key[adapter_name] = norms, key
-            else:
-                self._norms.pop(adapter_name, None)
+            held.keep(norms, weight, A, B, s)
         return self._factor(magnitude, norms)
 
     def _factor(self, magnitude: Tensor, norms: Tensor) -> Tensor:

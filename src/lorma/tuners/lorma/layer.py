@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorma import functional
 from lorma.functional.multiplier import Inflation, Scaling, Side
+from lorma.kernels import HeldResult
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.dora import MagnitudeLayer, beside
 from lorma.tuners.lorma.fused import FusedProjection
@@ -39,7 +40,6 @@ class LormaLayer(MagnitudeLayer):
         "undo",
         "fused",
         "_norms",
-        "_norms_key",
     )
     sides: tuple[Side, ...] = ("pre", "post")
     """Sides that can be multiplied, the one taken for ``"pre"`` where there is no choice first."""
@@ -56,8 +56,7 @@ class LormaLayer(MagnitudeLayer):
         self.lorma_A = nn.ParameterDict({})
         self.lorma_B = nn.ParameterDict({})
         self.lorma_magnitude_vector = nn.ParameterDict({})
-        self._norms: dict[str, Tensor] = {}
-        self._norms_key: dict[str, Any] = {}
+        self._norms: dict[str, HeldResult] = {}
 
     def _width(self, side: Side, fused: FusedProjection | None) -> int:
         """N, the numbers on the multiplied side taken together."""

@@ -18,7 +18,7 @@ class Linear(ChannelLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._folded = kernels.FoldedWeight()
+        self._folded = kernels.HeldResult()
 
     @property
     def fan_in_fan_out(self) -> bool:

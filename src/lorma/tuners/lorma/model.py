@@ -67,5 +67,5 @@ class LormaModel(AdapterModel):
         self.peft_config[adapter_name] = weighted.combined_config(self.peft_config, adapters, layers, combination_type)
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
-            weighted.fill(layer, adapter_name, adapters, weights, combination_type)
+            weighted.fill(layer, adapter_name, adapters, [float(w) for w in weights], combination_type)
             layer.set_requires_grad(adapter_name, False)

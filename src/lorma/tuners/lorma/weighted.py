@@ -34,7 +34,7 @@ def check_combination(
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"adapters={adapters} and weights={weights} must be lists of the same length, not empty")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, (bool, str)) or not hasattr(weight, "__float__") or not math.isfinite(float(weight)):
             raise ValueError(f"weights={weights} must be finite numbers; found {weight!r}")
     for name in adapters:
         if name not in peft_config:

@@ -99,10 +99,12 @@ class TLoraLayer(AdapterLayer):
         return self.draw_projections(adapter_name)
 
     def draw_projections(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """A (k × r) and C (r × d) of one adapter, drawn again; see :func:`functional.draw_projections`."""
-        return functional.draw_projections(
-            self.seed[adapter_name], self.layer_name, *self.matrix_shape, self.r[adapter_name]
-        )
+        """A (k × r) and C (r × d) of one adapter, drawn again; see :func:`functional.draw_projections`.
+
+        What ``torch.compile`` puts into the names of modules is left out: the matrices are those of the plain model.
+        """
+        name = self.layer_name.replace("_orig_mod.", "")
+        return functional.draw_projections(self.seed[adapter_name], name, *self.matrix_shape, self.r[adapter_name])
 
     def projection_checksum(self, adapter_name: str) -> bytes:
         """8 bytes that tell whether two machines have drawn the same A and C."""

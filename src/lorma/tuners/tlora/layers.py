@@ -49,7 +49,7 @@ class Linear(Updated):
         A, B, C, scale = self._matrices(name)
         rows = x if x.ndim == 2 else x.reshape(-1, A.shape[0])
         out = F.linear(rows, base.weight.T if type(base) is Conv1D else base.weight, base.bias)
-        out.addmm_((rows @ A) @ (scale * B), C)
+        out = kernels.add_product(out, (rows @ A) @ (scale * B), C)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], C.shape[1])
 
     def _update(self, x: Tensor, A: Tensor, B: Tensor, C: Tensor, scale: Tensor) -> Tensor:

@@ -112,5 +112,6 @@ def _verify(layers: list[TLoraLayer], adapter_name: str, state_dict: dict[str, T
         raise ValueError(
             f"the fixed matrices A and C of {names[0] if names else 'a layer'} come out otherwise than those the "
             "adapter was trained with (another checksum), so it would compute something else here; was it trained with "
-            "another seed or another version of lorma? An adapter saved with save_projection=True is not affected"
+            "another seed or another version of lorma, or on a module of another name? An adapter saved with "
+            "save_projection=True is not affected"
         )
