@@ -52,6 +52,27 @@ def test_the_fast_path_does_not_pass_the_adapter_by(encoder, inflation, side, tm
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in encoder.named_parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # of the base model itself
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+@pytest.mark.parametrize("target", ["linear1", "linear2", "self_attn", "layers.1.linear1"])
+@pytest.mark.parametrize("config", [LormaConfig, TLoraConfig])
+def test_padded_input_takes_the_ordinary_path_and_unloading_brings_the_fast_one_back(encoder, config, target, grad):
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    base = copy.deepcopy(encoder)
+    model = get_peft_model(base, config(r=4, target_modules=[target])).eval()
+    randomise(model, std=0.2)
+    with torch.set_grad_enabled(grad):
+        out = model(x, src_key_padding_mask=padding)
+        assert_close(out[1, :3], model(x[1:2, :3])[0], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(out[1, :3], encoder(x[1:2, :3])[0], atol=1e-3)
+    unloaded = model.unload()
+    assert unloaded.use_nested_tensor
+    assert [layer.activation_relu_or_gelu for layer in unloaded.layers] == [1, 1]
+    with torch.no_grad():
+        assert torch.equal(unloaded(x, src_key_padding_mask=padding), encoder(x, src_key_padding_mask=padding))
+
+
 def test_query_key_and_value_have_a_multiplier_each(encoder):
     layer = attention(encoder).base_model.model.layers[0].self_attn
     assert (layer.lorma_A["default"].shape, layer.lorma_B["default"].shape) == ((4, 48), (48, 4))

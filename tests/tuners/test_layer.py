@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -163,3 +164,32 @@ def test_a_small_update_survives_a_bfloat16_base(inflation, noise):
 def test_adapters_of_a_float64_base_are_float64():
     layer = make_layer("linear", 4, 4, True, torch.float64, inflation="permutation", alpha=2)
     assert layer.lorma_A["default"].dtype == torch.float64
+
+
+NORM_CHANGES = {
+    "another scaling": lambda layer: layer.scaling.update(default=5 * layer.scaling["default"]),
+    "another dtype": lambda layer: layer.double(),
+    "an optimiser's step": lambda layer: torch.optim.SGD(layer.parameters(), lr=1.0, foreach=True).step(),
+    "a new base weight": lambda layer: setattr(
+        layer.get_base_layer(), "weight", nn.Parameter(torch.randn(5, 7), False)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", NORM_CHANGES)
+def test_norms_of_dora_that_are_kept_in_evaluation_are_not_used_after_a_change(change):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(7, 5)), LormaConfig(r=2, target_modules=["0"], use_dora=True)).eval()
+    layer, x = model.base_model.model[0], torch.randn(3, 7)
+    with torch.no_grad():
+        for factor in (layer.lorma_A["default"], layer.lorma_B["default"]):
+            factor.add_(0.3 * torch.randn_like(factor))
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        before = model(x)
+        NORM_CHANGES[change](layer)
+        x = x.to(layer.lorma_A["default"].dtype)
+        after = model(x)
+    assert after.dtype == x.dtype
+    assert_close(after, model(x))  # with gradients the norms are computed anew
+    assert change == "another dtype" or not torch.allclose(after, before, atol=1e-3)

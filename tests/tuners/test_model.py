@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers import TARGETS, adapted, randomise
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.testing import assert_close
 
-from lorma import LormaConfig
+from lorma import LormaConfig, TLoraConfig
 from lorma.functional import INFLATIONS
 from lorma.tuners.lorma import LormaLayer
 
@@ -214,10 +215,22 @@ def test_nothing_warns_in_an_ordinary_life(mlp, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = get_peft_model(copy.deepcopy(mlp), LormaConfig(target_modules=TARGETS))
+        randomise(model)
         model.save_pretrained(tmp_path)
         merged = PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path).merge_and_unload()
     x = torch.randn(3, 6)
-    assert torch.equal(merged(x), mlp(x))
+    assert_close(merged(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(merged(x), mlp(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [LormaConfig, TLoraConfig])
+def test_peft_can_leave_the_dtype_of_inputs_alone(mlp, config):
+    model, x = get_peft_model(copy.deepcopy(mlp), config(target_modules=TARGETS)).eval(), torch.randn(3, 6)
+    layer = model.base_model.model.up
+    with disable_input_dtype_casting(model):
+        assert not layer.cast_input_dtype_enabled
+        assert_close(model(x), mlp(x))
+    assert layer.cast_input_dtype_enabled
 
 
 def test_peft_converts_an_adapter_to_lora(mlp):

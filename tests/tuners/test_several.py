@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import TARGETS, adapted, randomise
@@ -224,6 +225,18 @@ def test_wrong_arguments_of_a_combination(mlp):
         combine(["default", "second"], [1.0], "both")
     with pytest.raises(ValueError, match=r"combination_type='linear' needs one rank; on up the adapters have \[8, 3\]"):
         combine(["default", "second"], [1.0, 1.0], "both", "linear")
+
+
+@pytest.mark.parametrize("number", [torch.tensor, np.float32])
+def test_weights_of_a_combination_may_be_any_numbers(mlp, number):
+    model = two_adapters(mlp)
+    model.base_model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "plain")
+    model.base_model.add_weighted_adapter(["default", "second"], [number(1.0), number(0.5)], "both")
+    for name, factor in model.named_parameters():
+        if name.endswith(".both"):
+            assert torch.equal(factor, model.get_parameter(name.removesuffix("both") + "plain"))
+    with pytest.raises(ValueError, match="must be finite numbers; found"):
+        model.base_model.add_weighted_adapter(["default", "second"], [number(1.0), number(float("nan"))], "none")
 
 
 def test_fused_projections_are_checked_against_the_model(gpt2):

@@ -115,6 +115,15 @@ def test_adapters_with_seeds_ranks_and_layers_of_their_own(mlp, x, tmp_path):
     assert torch.equal(load(mlp, tmp_path / "after" / "default2")(x), alone["default2"](x))
 
 
+def test_a_compiled_model_draws_what_the_plain_one_draws(mlp):
+    models = copy.deepcopy(mlp), torch.compile(copy.deepcopy(mlp), backend="eager")
+    plain, compiled = (get_peft_model(model, TLoraConfig(target_modules=TARGETS)) for model in models)
+    layers = plain.base_model._layers(), compiled.base_model._layers()
+    for one, other in zip(*layers, strict=True):
+        assert one.layer_name != other.layer_name
+        assert torch.equal(one.tlora_A["default"], other.tlora_A["default"])
+
+
 def test_adapters_of_one_seed_share_what_they_draw(mlp):
     model = tlora(mlp)
     model.add_adapter("same", TLoraConfig(target_modules=TARGETS, r=4, seed=7))
