@@ -24,8 +24,10 @@ test-fast: $(VENV)/.dev  ## Without real models and subprocesses
 support: $(VENV)/.dev  ## Write docs/support.md: every feature on every kind of layer
 	cd tests && ../$(BIN)/python -m support.table
 
-bench: $(VENV)/.dev  ## Measure speed and memory (about half an hour on two quiet cores), then write docs/speed.md
+bench: $(VENV)/.dev  ## Measure speed and memory (an hour on two quiet cores), then write docs/speed.md
 	$(BIN)/python benchmarks/layer.py -o $(SPEED)/layer.json $(BENCH)
+	$(BIN)/python benchmarks/layer.py --rounds 61 -o $(SPEED)/layer_close.json $(BENCH) --contenders \
+		frozen,lora,rebuild-permutation,lorma-plus,lorma-plus-auto,lorma-permutation,lorma-permutation-auto
 	$(BIN)/python benchmarks/layer.py --compiled -o $(SPEED)/layer_compiled.json $(BENCH) \
 		--contenders frozen,lora,lorma-plus,lorma-plus-auto,lorma-permutation-auto
 	$(BIN)/python benchmarks/model_step.py --model minilm -o $(SPEED)/model_minilm.json $(BENCH)
