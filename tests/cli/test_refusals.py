@@ -6,6 +6,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from helpers_cli import cli_as_anybody
+
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -182,6 +184,39 @@ def test_predict_arguments(run, tmp_path, cli):
     unfinished = cli("predict", run, "--text", "x")
     assert unfinished.code == 2
     assert "is an unfinished run" in unfinished.err
+
+
+READERS = {"predict": ["--text", "a"], "evaluate": [], "doctor": [], "report": ["-o", "report"]}
+LOCKED = {
+    ".": ["predict", "evaluate", "doctor"],
+    "adapter": ["predict", "evaluate", "doctor"],
+    "adapter/adapter_config.json": ["predict", "evaluate", "doctor"],
+    "adapter/adapter_model.safetensors": ["predict", "evaluate", "doctor"],
+    "recipe.yaml": ["evaluate"],
+    "summary.json": ["evaluate", "report"],
+    "metrics.jsonl": ["report"],
+}
+"""What may not be read, and the commands that need it."""
+
+
+@pytest.mark.slow
+def test_what_may_not_be_read(run, tmp_path):
+    commands, places = [], []
+    for number, (name, readers) in enumerate(LOCKED.items()):
+        copy = tmp_path / f"copy-{number}"
+        shutil.copytree(run, copy)
+        commands += [(reader, copy, *READERS[reader]) for reader in readers]
+        places += [copy / name] * len(readers)
+    modes = {path: path.stat().st_mode for path in places}
+    for path in modes:
+        path.chmod(0)
+    results = cli_as_anybody(*commands)
+    for path, mode in modes.items():
+        path.chmod(mode)
+    for path, command, refused in zip(places, commands, results, strict=True):
+        assert (refused.code, refused.err.count("\n")) == (2, 1), (command, refused)
+        assert str(path) in refused.err
+        assert refused.err.endswith("cannot be read: permission denied\n")
 
 
 def test_click_errors_keep_their_exit_code(cli):
