@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all, whatever else runs or lies beside them."""
 
 import os
+import stat
 import threading
 
 import pytest
@@ -113,3 +114,20 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/out' cannot be written: "):
         write_folder(tmp_path / "file" / "out", lambda folder: pytest.fail("work was done"))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_are_readable_as_any_new_file_is(umask, mode, tmp_path):
+    def fill(folder):
+        (folder / "inner").mkdir(parents=True)
+        for name in ("one", "inner/two"):
+            os.close(os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "out", fill)
+    finally:
+        os.umask(before)
+    for name in ("one", "inner/two"):
+        assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == mode
+    assert names(tmp_path / "out") == ["inner", "one"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Let ``fill`` make a folder under a temporary name, then put it in the place of ``path``.
 
     Both the new folder and the replaced one lie in a hidden folder of this run's own, which a kill leaves behind. A
-    link to a folder is followed, as what it leads to is replaced.
+    link to a folder is followed, as what it leads to is replaced. Files get the permissions of any new file.
 
     Raises:
         InputError: the directory that the folder is to lie in cannot be written.
@@ -47,6 +48,7 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     temporary, old = place / "new", place / "old"
     try:
         fill(temporary)
+        share(temporary)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
@@ -54,3 +56,15 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def share(folder: Path) -> None:
+    """Give all files in a folder the permissions that a new file gets there; safetensors keeps its own to the owner."""
+    probe = folder / f".{os.getpid()}.tmp"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*"):
+        found = file.lstat().st_mode
+        if stat.S_ISREG(found) and found != mode:
+            file.chmod(stat.S_IMODE(mode))
