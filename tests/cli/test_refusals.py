@@ -175,7 +175,7 @@ def test_predict_arguments(run, tmp_path, cli):
     assert "does not exist" in cli("predict", tmp_path / "nothing", "--text", "x").err
     nowhere = cli("predict", run, "--text", "a", "-o", tmp_path / "no" / "answers.jsonl")
     assert nowhere.code == 2
-    assert "must be a file in a directory that exists" in nowhere.err
+    assert "its directory does not exist" in nowhere.err
     assert "takes one text, two are given" in cli("predict", run, "--text", "a", "--text-pair", "b").err
     missing = cli("predict", run, "--file", tmp_path / "nothing.csv")
     assert missing.code == 2
@@ -184,6 +184,28 @@ def test_predict_arguments(run, tmp_path, cli):
     unfinished = cli("predict", run, "--text", "x")
     assert unfinished.code == 2
     assert "is an unfinished run" in unfinished.err
+
+
+def test_predict_overwrites_nothing_by_accident(run, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "new.csv"
+    table.write_text("text\nthe film was great\n")
+    (tmp_path / "link.csv").symlink_to(table)
+    for output in ("new.csv", "link.csv", "run/../new.csv"):
+        for more in ([], ["--overwrite"]):
+            refused = cli("predict", run, "--file", "new.csv", "-o", output, *more)
+            assert (refused.code, refused.err.count("\n")) == (2, 1)
+            assert "is 'new.csv', which is read; choose another output" in refused.err
+    assert table.read_text() == "text\nthe film was great\n"
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("mine")
+    refused = cli("predict", run, "--file", table, "-o", answers)
+    assert refused.code == 2
+    assert "answers.jsonl' exists; give --overwrite to replace it" in refused.err
+    assert answers.read_text() == "mine"
+    done = cli("predict", run, "--file", table, "-o", answers, "--overwrite")
+    assert done.code == 0, done.err
+    assert json.loads(answers.read_text())["text"] == "the film was great"
 
 
 READERS = {"predict": ["--text", "a"], "evaluate": [], "doctor": [], "report": ["-o", "report"]}
