@@ -208,6 +208,35 @@ def test_predict_overwrites_nothing_by_accident(run, tmp_path, cli, monkeypatch)
     assert json.loads(answers.read_text())["text"] == "the film was great"
 
 
+def test_outputs_below_a_file_are_refused_before_the_work(recipe_file, tmp_path, cli):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    for arguments in (
+        ("train", recipe_file(), f"output={out}", "model.name=nobody/nothing"),
+        ("compare", recipe_file(), f"output={out}", "--budget", "300"),
+        ("report", tmp_path / "no-run", "-o", out),
+        ("predict", tmp_path / "no-run", "--text", "a", "-o", out),
+    ):
+        refused = cli(*arguments)
+        assert (refused.code, refused.out) == (2, ""), arguments
+        assert refused.err == f"lorma: output='{out}': its directory cannot be written: '{tmp_path}/file' is a file\n"
+
+
+@pytest.mark.slow
+def test_outputs_in_a_read_only_directory(recipe_file, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    commands = (
+        ("train", recipe_file(), f"output={locked / 'deep' / 'out'}"),
+        ("compare", recipe_file(), f"output={locked / 'deep' / 'out'}"),
+        ("report", tmp_path / "no-run", "-o", locked / "deep" / "out"),
+        ("predict", tmp_path / "no-run", "--text", "a", "-o", locked / "out"),
+    )
+    for command, refused in zip(commands, cli_as_anybody(*commands), strict=True):
+        assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1), command
+        assert refused.err.endswith("out': its directory cannot be written\n")
+
+
 READERS = {"predict": ["--text", "a"], "evaluate": [], "doctor": [], "report": ["-o", "report"]}
 LOCKED = {
     ".": ["predict", "evaluate", "doctor"],
