@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "kernels": {"functional"},
     "tuners": {"kernels", "functional", "errors"},
     "tasks": {"errors"},
-    "analysis": {"errors"},
+    "analysis": {"errors", "files"},
     "training": {"tuners", "tasks", "analysis", "errors", "files", "_version"},
     "export": {"tuners", "kernels", "functional", "errors", "files", "_version"},
     "cli": {"training", "export", "tasks", "analysis", "errors", "files", "_version"},

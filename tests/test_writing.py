@@ -1,12 +1,14 @@
 """Folders that appear whole or not at all, whatever else runs or lies beside them."""
 
 import os
+import stat
 import threading
+from pathlib import Path
 
 import pytest
 
 from lorma import InputError, files
-from lorma.files import write_folder
+from lorma.files import FolderKind, check_directory, check_output, write_atomic, write_folder
 
 
 def holding(content):
@@ -113,3 +115,129 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/out' cannot be written: "):
         write_folder(tmp_path / "file" / "out", lambda folder: pytest.fail("work was done"))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_are_readable_as_any_new_file_is(umask, mode, tmp_path):
+    def fill(folder):
+        (folder / "inner").mkdir(parents=True)
+        for name in ("one", "inner/two"):
+            os.close(os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "out", fill)
+    finally:
+        os.umask(before)
+    for name in ("one", "inner/two"):
+        assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == mode
+    assert names(tmp_path / "out") == ["inner", "one"]
+
+
+def test_a_pipe_is_written_and_stays_one(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link):
+        check_output(path, False, kind=None)
+        write_atomic(path, "content")
+        assert os.read(reader, 100) == b"content"
+        assert pipe.is_fifo()
+        assert link.is_symlink()
+    os.close(reader)
+
+
+def test_a_link_to_a_file_is_followed(tmp_path):
+    link = tmp_path / "link"
+    (tmp_path / "disk").mkdir()
+    link.symlink_to(tmp_path / "disk" / "file")
+    for content in ("one", "two"):
+        write_atomic(link, content)
+        assert link.is_symlink()
+        assert (tmp_path / "disk" / "file").read_text() == content
+    assert names(tmp_path / "disk") == ["file"]
+
+
+KIND = FolderKind("a thing", ("content", "part-*.bin", "inner/*.txt"))
+
+
+def test_a_folder_of_the_kind_may_be_replaced(tmp_path):
+    out = tmp_path / "out"
+    (out / "inner").mkdir(parents=True)
+    for name in ("content", "part-1.bin", "inner/a.txt"):
+        (out / name).touch()
+    check_output(out, True, kind=KIND)
+    with pytest.raises(InputError, match="out' exists; give --overwrite to replace it"):
+        check_output(out, False, kind=KIND)
+
+
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", ".hidden", "part-1.bin.old", "inner/deep/a.txt", "inner/content", "a.txt"]
+)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_with_anything_else_is_not_replaced(name, overwrite, tmp_path):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "out" / "content").touch()
+    shown = name.replace("/a.txt", "") if "deep" in name else name
+    with pytest.raises(
+        InputError, match=f"holds other files than those of a thing \\('{shown}'\\); name a new directory"
+    ):
+        check_output(tmp_path / "out", overwrite, kind=KIND)
+
+
+def test_folders_and_links_under_the_names_of_files_are_foreign(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "one" / "content").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "content").symlink_to(tmp_path / "file")
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "inner").symlink_to(tmp_path)
+    for name in ("one", "two", "three"):
+        with pytest.raises(InputError, match="holds other files than those of a thing"):
+            check_output(tmp_path / name, True, kind=KIND)
+
+
+def test_the_current_directory_and_home_are_not_replaced(tmp_path, monkeypatch):
+    here, home = tmp_path / "a" / "here", tmp_path / "b" / "home"
+    for folder in (here, home):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    for path in ("", ".", "..", "../here/", here, tmp_path / "link", here.parent, "/"):
+        with pytest.raises(InputError, match="is the current directory, or holds it; name a new directory"):
+            check_output(Path(path), True, kind=KIND)
+    for path in (home, home.parent):
+        with pytest.raises(InputError, match="is the home directory, or holds it"):
+            check_output(path, True, kind=KIND)
+
+
+def test_an_input_is_no_output_however_it_is_spelled(tmp_path, monkeypatch):
+    data = tmp_path / "data.csv"
+    data.touch()
+    (tmp_path / "link").symlink_to(data)
+    os.link(data, tmp_path / "second-name")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("data.csv", "link", "second-name", "folder/../data.csv"):
+        with pytest.raises(InputError, match="is '.*data.csv', which is read; choose another output"):
+            check_output(Path(path), True, data, kind=None)
+
+
+def test_directories_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="output='.*/file' is a file; name a directory"):
+        check_directory(tmp_path / "file")
+    for path in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(InputError, match="its directory cannot be written: '.*/file' is a file"):
+            check_directory(path)
+    check_directory(tmp_path / "deep" / "new")
+    assert names(tmp_path) == ["file"]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(InputError, match="output='.*/new': its directory cannot be written"):
+        check_directory(tmp_path / "deep" / "new")
+    with pytest.raises(InputError, match=f"output='{tmp_path}' cannot be written"):
+        check_directory(tmp_path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -12,6 +13,15 @@ class InputError(ValueError):
     The message is one line that names the key, its value and what is allowed. The command line turns it into exit
     code 2; every other exception is exit code 1.
     """
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """While inputs are read: what permissions do not allow becomes an :class:`InputError`. Also a decorator."""
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(f"{error.filename} cannot be read: permission denied") from None
 
 
 def closest(name: str, options: Iterable[str], limit: int = 3) -> list[str]:

@@ -113,9 +113,20 @@ def test_a_failing_figure_leaves_the_old_report(runs, tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {"report", "runs"}
 
 
+def test_only_the_directory_itself_must_be_writable(runs, tmp_path, monkeypatch):
+    """It may be a disk of its own, in a directory that is somebody else's."""
+    out, made = tmp_path / "report", []
+    out.mkdir()
+    mkdtemp = report.tempfile.mkdtemp
+    monkeypatch.setattr(report.tempfile, "mkdtemp", lambda **options: made.append(options["dir"]) or mkdtemp(**options))
+    write_report(runs, out, "t")
+    assert made == [out]
+    assert {file.name for file in out.iterdir()} == FILES
+
+
 def test_a_file_in_the_way_is_refused(runs, tmp_path):
     (tmp_path / "report").write_text("")
-    with pytest.raises(InputError, match="report' is a file; give a directory"):
+    with pytest.raises(InputError, match="out_dir='.*report' is a file; name a directory"):
         write_report(runs, tmp_path / "report", "t")
 
 
@@ -144,12 +155,13 @@ def test_nothing_to_draw_is_refused(write_run, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
 def test_importing_the_package_is_light(file):
-    """Only the standard library and this package at import time; from the rest of lorma only its errors, ever."""
+    """Only the standard library and this package at import time; from the rest of lorma only errors and files, ever."""
     tree = ast.parse(file.read_text())
     eager = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert all(name.split(".")[0] in {*sys.stdlib_module_names, "lorma"} for node in eager for name in names(node))
     everywhere = [name for node in ast.walk(tree) for name in names(node)]
-    assert all(n.startswith(("lorma.analysis", "lorma.errors")) for n in everywhere if n.split(".")[0] == "lorma")
+    light = ("lorma.analysis", "lorma.errors", "lorma.files")
+    assert all(n.startswith(light) for n in everywhere if n.split(".")[0] == "lorma")
     assert not {name.split(".")[0] for name in everywhere} & {"torch", "transformers", "peft"}
 
 

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from helpers_cli import cli_as_anybody
+
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -173,7 +175,7 @@ def test_predict_arguments(run, tmp_path, cli):
     assert "does not exist" in cli("predict", tmp_path / "nothing", "--text", "x").err
     nowhere = cli("predict", run, "--text", "a", "-o", tmp_path / "no" / "answers.jsonl")
     assert nowhere.code == 2
-    assert "must be a file in a directory that exists" in nowhere.err
+    assert "its directory does not exist" in nowhere.err
     assert "takes one text, two are given" in cli("predict", run, "--text", "a", "--text-pair", "b").err
     missing = cli("predict", run, "--file", tmp_path / "nothing.csv")
     assert missing.code == 2
@@ -182,6 +184,90 @@ def test_predict_arguments(run, tmp_path, cli):
     unfinished = cli("predict", run, "--text", "x")
     assert unfinished.code == 2
     assert "is an unfinished run" in unfinished.err
+
+
+def test_predict_overwrites_nothing_by_accident(run, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "new.csv"
+    table.write_text("text\nthe film was great\n")
+    (tmp_path / "link.csv").symlink_to(table)
+    for output in ("new.csv", "link.csv", "run/../new.csv"):
+        for more in ([], ["--overwrite"]):
+            refused = cli("predict", run, "--file", "new.csv", "-o", output, *more)
+            assert (refused.code, refused.err.count("\n")) == (2, 1)
+            assert "is 'new.csv', which is read; choose another output" in refused.err
+    assert table.read_text() == "text\nthe film was great\n"
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("mine")
+    refused = cli("predict", run, "--file", table, "-o", answers)
+    assert refused.code == 2
+    assert "answers.jsonl' exists; give --overwrite to replace it" in refused.err
+    assert answers.read_text() == "mine"
+    done = cli("predict", run, "--file", table, "-o", answers, "--overwrite")
+    assert done.code == 0, done.err
+    assert json.loads(answers.read_text())["text"] == "the film was great"
+
+
+def test_outputs_below_a_file_are_refused_before_the_work(recipe_file, tmp_path, cli):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    for arguments in (
+        ("train", recipe_file(), f"output={out}", "model.name=nobody/nothing"),
+        ("compare", recipe_file(), f"output={out}", "--budget", "300"),
+        ("report", tmp_path / "no-run", "-o", out),
+        ("predict", tmp_path / "no-run", "--text", "a", "-o", out),
+    ):
+        refused = cli(*arguments)
+        assert (refused.code, refused.out) == (2, ""), arguments
+        assert refused.err == f"lorma: output='{out}': its directory cannot be written: '{tmp_path}/file' is a file\n"
+
+
+@pytest.mark.slow
+def test_outputs_in_a_read_only_directory(recipe_file, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    commands = (
+        ("train", recipe_file(), f"output={locked / 'deep' / 'out'}"),
+        ("compare", recipe_file(), f"output={locked / 'deep' / 'out'}"),
+        ("report", tmp_path / "no-run", "-o", locked / "deep" / "out"),
+        ("predict", tmp_path / "no-run", "--text", "a", "-o", locked / "out"),
+    )
+    for command, refused in zip(commands, cli_as_anybody(*commands), strict=True):
+        assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1), command
+        assert refused.err.endswith("out': its directory cannot be written\n")
+
+
+READERS = {"predict": ["--text", "a"], "evaluate": [], "doctor": [], "report": ["-o", "report"]}
+LOCKED = {
+    ".": ["predict", "evaluate", "doctor"],
+    "adapter": ["predict", "evaluate", "doctor"],
+    "adapter/adapter_config.json": ["predict", "evaluate", "doctor"],
+    "adapter/adapter_model.safetensors": ["predict", "evaluate", "doctor"],
+    "recipe.yaml": ["evaluate"],
+    "summary.json": ["evaluate", "report"],
+    "metrics.jsonl": ["report"],
+}
+"""What may not be read, and the commands that need it."""
+
+
+@pytest.mark.slow
+def test_what_may_not_be_read(run, tmp_path):
+    commands, places = [], []
+    for number, (name, readers) in enumerate(LOCKED.items()):
+        copy = tmp_path / f"copy-{number}"
+        shutil.copytree(run, copy)
+        commands += [(reader, copy, *READERS[reader]) for reader in readers]
+        places += [copy / name] * len(readers)
+    modes = {path: path.stat().st_mode for path in places}
+    for path in modes:
+        path.chmod(0)
+    results = cli_as_anybody(*commands)
+    for path, mode in modes.items():
+        path.chmod(mode)
+    for path, command, refused in zip(places, commands, results, strict=True):
+        assert (refused.code, refused.err.count("\n")) == (2, 1), (command, refused)
+        assert str(path) in refused.err
+        assert refused.err.endswith("cannot be read: permission denied\n")
 
 
 def test_click_errors_keep_their_exit_code(cli):

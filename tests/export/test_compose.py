@@ -145,6 +145,13 @@ def test_the_command(double, tmp_path, cli):
     again = cli("compose", first, second, "-o", tmp_path / "c")
     assert again.code == 2
     assert "--overwrite" in again.err
+    assert cli("compose", first, second, "-o", tmp_path / "c", "--overwrite").code == 0
+    assert len({file.stat().st_mode for file in (tmp_path / "c").iterdir()}) == 1
+    (tmp_path / "c" / "notes.md").write_text("mine")
+    foreign = cli("compose", first, second, "-o", tmp_path / "c", "--overwrite")
+    assert foreign.code == 2
+    assert "holds other files than those of an adapter ('notes.md')" in foreign.err
+    assert (tmp_path / "c" / "notes.md").read_text() == "mine"
     assert cli("compose", first, second, "-o", tmp_path / "c", "--heads-from", "third").code == 2
     assert cli("compose", first, tmp_path / "nothing", "-o", tmp_path / "d").code == 2
 

@@ -39,6 +39,34 @@ def test_a_run_becomes_a_lora_that_predicts_the_same(run, cli, tmp_path):
     assert again.err.count("\n") == 1
     assert "give --overwrite" in again.err
     assert cli("export", run / "adapter", "-o", tmp_path / "lora", "--overwrite", "--uniform-rank").code == 0
+    assert len({file.stat().st_mode for file in (tmp_path / "lora").iterdir()}) == 1
+
+
+def test_no_other_folder_is_replaced(run, cli, tmp_path, monkeypatch):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("data")
+    monkeypatch.chdir(precious)
+    for output, reason in (
+        (precious.parent / "precious", "is the current directory, or holds it"),
+        (".", "is the current directory, or holds it"),
+        ("", "is the current directory, or holds it"),
+        (run, "which is read; choose another output"),
+    ):
+        done = cli("export", run, "-o", output, "--overwrite")
+        assert (done.code, done.err.count("\n"), reason in done.err) == (2, 1, True), done.err
+    monkeypatch.chdir(tmp_path)
+    done = cli("export", run, "-o", "precious", "--overwrite")
+    assert done.code == 2
+    assert "holds other files than those of an adapter ('thesis.txt'); name a new directory" in done.err
+    assert (precious / "thesis.txt").read_text() == "data"
+
+
+def test_a_folder_is_not_named_like_a_file_for_llama_cpp(run, cli, tmp_path):
+    done = cli("export", run, "-o", tmp_path / "e.gguf")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "a file for llama.cpp takes --format gguf" in done.err
+    assert not (tmp_path / "e.gguf").exists()
 
 
 def test_truncation_reports_every_layer(recipe_file, cli, tmp_path):

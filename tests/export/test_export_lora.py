@@ -17,9 +17,9 @@ from torch import nn
 from lorma import InputError, LormaConfig
 from lorma.export import Base, Truncation, export_lora, export_lora_state_dict
 from lorma.export.forms import LoraForm
-from lorma.export.lora import _as_peft, check_output
+from lorma.export.lora import _as_peft
 from lorma.export.merge import merge
-from lorma.files import META_FILE
+from lorma.files import META_FILE, check_output
 from lorma.tuners.adapter_file import WEIGHTS_NAME
 from lorma.tuners.bottleneck import BottleneckConfig
 
@@ -182,8 +182,9 @@ def test_an_output_that_exists_is_left_alone(exported_case, tmp_path):
     folder, _, _, _, adapter = exported_case("bert", TINY)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "mine").write_text("kept")
-    with pytest.raises(InputError, match="exists; give --overwrite"):
-        export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder))
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="holds other files than those of an adapter \\('mine'\\)"):
+            export_lora(adapter, tmp_path / "lora", base=base_for("bert", folder), overwrite=overwrite)
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["mine"]
     with pytest.raises(InputError, match="directory does not exist"):
         export_lora(adapter, tmp_path / "nowhere" / "lora", base=base_for("bert", folder))
@@ -310,4 +311,4 @@ def test_what_needs_no_truncation_is_reported_as_exact(exported_case, tmp_path):
 def test_a_directory_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(InputError, match="out'.*: its directory cannot be written"):
-        check_output(tmp_path / "out", False)
+        check_output(tmp_path / "out", False, kind=None)

@@ -145,6 +145,12 @@ def test_the_command(recipe_file, tmp_path, cli):
     assert again.code == 2
     assert "--overwrite" in again.err
     assert cli("merge", tmp_path / "run", "-o", merged, "--overwrite", "--no-verify").code == 0
+    (merged / "notes.md").write_text("mine")
+    for output, name in ((merged, "notes.md"), (tmp_path / "run" / "adapter", "adapter_config.json")):
+        done = cli("merge", tmp_path / "run", "-o", output, "--overwrite")
+        assert done.code == 2
+        assert f"holds other files than those of a model ('{name}')" in done.err
+    assert (merged / "notes.md").read_text() == "mine"
     assert cli("merge", tmp_path / "nothing", "-o", tmp_path / "m").code == 2
 
 

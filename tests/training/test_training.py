@@ -77,6 +77,16 @@ def test_metrics_and_recipe_of_a_run(recipe_file, tmp_path, cli):
     }
 
 
+def test_what_is_written_can_be_read_by_others_too(recipe_file, tmp_path, cli):
+    """As the umask says; safetensors by itself leaves weights to their owner."""
+    assert cli("train", recipe_file()).code == 0
+    mode = (tmp_path / "run" / "recipe.yaml").stat().st_mode
+    weights = list((tmp_path / "run").rglob("*.safetensors"))
+    assert len(weights) == 2
+    assert {path.stat().st_mode for path in weights} == {mode}
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
 def test_learning_happens(recipe_file, tmp_path, cli, read_json):
     assert cli("train", recipe_file(), "train.epochs=20", "train.learning_rate=0.03").code == 0
     assert read_json(tmp_path / "run" / "summary.json")["final_metrics"]["accuracy"] == 1.0

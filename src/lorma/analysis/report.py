@@ -16,27 +16,26 @@ from lorma.analysis import _format as show
 from lorma.analysis.figures import loss_curves
 from lorma.analysis.runs import Run
 from lorma.analysis.table import Table, build_table
-from lorma.errors import InputError
+from lorma.files import check_directory
 
 
 def write_report(runs: Sequence[Run], out_dir: str | os.PathLike[str], title: str) -> Path:
     """Write ``index.html``, ``table.md``, ``table.json``, ``loss.png`` and ``loss.svg`` into ``out_dir``.
 
-    All five are made in a temporary directory beside ``out_dir`` and moved in when the last one is complete, so a
-    failure leaves an earlier report as it was. Other files in ``out_dir`` stay.
+    All five are made in a temporary directory in ``out_dir``, or beside it if it is new, and moved in when the last
+    one is complete, so a failure leaves an earlier report as it was. Other files in ``out_dir`` stay.
 
     Returns:
         The path of ``index.html``.
 
     Raises:
-        InputError: as :func:`build_table` and :func:`loss_curves`, or ``out_dir`` is a file.
+        InputError: as :func:`build_table` and :func:`loss_curves`, or ``out_dir`` is a file or cannot be written.
     """
+    check_directory(Path(out_dir), "out_dir")
     target = Path(out_dir).resolve()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"out_dir={str(out_dir)!r} is a file; give a directory")
     table = build_table(runs)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if target.is_dir() else target.parent))
     try:
         _, svg = loss_curves(runs, work)
         (work / "table.md").write_text(table.to_markdown(), encoding="utf-8")

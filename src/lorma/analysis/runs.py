@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorma.errors import InputError
+from lorma.errors import InputError, reading
 
 SCHEMA_VERSION = 1
 
@@ -70,6 +70,7 @@ class Run:
         return not all(map(math.isfinite, self.losses))
 
 
+@reading()
 def load_run(path: str | os.PathLike[str]) -> Run:
     """Read the directory of a finished run.
 
@@ -77,8 +78,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     of ``metrics.jsonl`` without its line end is what a killed process leaves, and is ignored when it is not readable.
 
     Raises:
-        InputError: no such directory, a run that is not finished, a schema version other than 1, a missing or
-            mistyped key, a broken line (with its number), or no training loss at all.
+        InputError: no such directory, one that may not be read, a run that is not finished, a schema version other
+            than 1, a missing or mistyped key, a broken line (with its number), or no training loss at all.
     """
     path = Path(path)
     if not path.is_dir():

@@ -15,6 +15,7 @@ from lorma.cli.common import (
     split_list,
 )
 from lorma.errors import InputError
+from lorma.files import check_directory
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +48,9 @@ def compare(
     from lorma.analysis import build_table, load_run, write_report
     from lorma.training.budget import parse_budget
     from lorma.training.compare import compare as run_comparison
+    from lorma.training.recipe import load_recipe
 
+    check_directory(load_recipe(recipe, overrides, many_runs=True).output)
     console = plain_console()
     parameters = None if budget is None else parse_budget(budget)
     result = run_comparison(

@@ -36,18 +36,20 @@ def compose(
         str | None,
         typer.Option(help="first or second: whose heads to keep where both adapters have trained the same ones."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that holds nothing but an adapter.")
+    ] = False,
 ) -> None:
     if heads_from not in (None, *HEADS):
         raise InputError(f"--heads-from={heads_from!r} must be first or second")
     silence_libraries()
-    from lorma.export import Base, check_output
+    from lorma.export import ADAPTER, Base
     from lorma.export.compose import compose as write
+    from lorma.files import check_output
     from lorma.training.base_model import base_arguments, finished_adapter
 
-    check_output(output, overwrite)
+    check_output(output, overwrite, first, second, kind=ADAPTER)
     one, two = finished_adapter(first), finished_adapter(second)
-    check_output(output, overwrite, one, two)
     model = Base(**base_arguments(one, base)) if base is not None else None
     written = write(one, two, output, base=model, heads_from=heads_from)  # type: ignore[arg-type]
     ranks = sorted({written.tensors[f"{module}.lorma_A"].shape[0] for module in written.modules("lorma_A")})

@@ -42,18 +42,26 @@ def export(
     truncate_energy: Annotated[
         float | None, typer.Option(help="The same, by the lowest rank that keeps this share of ‖ΔW‖², e.g. 0.99.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file, or a folder that holds nothing but an adapter.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the base model's repository run its own Python.")
     ] = False,
 ) -> None:
     if format not in FORMATS:
         raise InputError(f"--format={format!r} must be {' or '.join(FORMATS)}")
+    if format == "lora" and output.suffix == ".gguf":
+        raise InputError(
+            f"output={str(output)!r}: a file for llama.cpp takes --format gguf; --format lora writes a folder, whose "
+            "name must not end in .gguf"
+        )
     silence_libraries()
-    from lorma.export import Base, Truncation, check_output, export_gguf, export_lora
+    from lorma.export import ADAPTER, Base, Truncation, export_gguf, export_lora
+    from lorma.files import check_output
     from lorma.training.base_model import base_arguments, finished_adapter
 
-    check_output(output, overwrite, file=format == "gguf")
+    check_output(output, overwrite, adapter, kind=None if format == "gguf" else ADAPTER)
     truncation = None
     if truncate_rank is not None or truncate_energy is not None:
         truncation = Truncation(truncate_rank, truncate_energy)

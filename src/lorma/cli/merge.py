@@ -28,20 +28,22 @@ def merge(
     verify: Annotated[
         bool, typer.Option(help="Load the adapted and the merged model, one at a time, and compare their outputs.")
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that holds nothing but a model.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the base model's repository run its own Python.")
     ] = False,
 ) -> None:
     silence_libraries()
-    from lorma.export import Base, check_output
+    from lorma.export import MODEL, Base
     from lorma.export.merge import merge as write
+    from lorma.files import check_output
     from lorma.training.base_model import base_arguments, finished_adapter
 
-    check_output(output, overwrite)
+    check_output(output, overwrite, adapter, kind=MODEL)
     folder = finished_adapter(adapter)
     model = Base(**base_arguments(folder, base, trust_remote_code=trust_remote_code))
-    check_output(output, overwrite, folder, model.path)
     done = write(folder, output, model, verify=verify)
     typer.echo(
         f"{done.tensors} weights, {done.changed} of them changed, {done.bytes / 1e6:,.0f} MB in {done.shards} file(s): "

@@ -11,6 +11,7 @@ import typer
 
 from lorma.cli.common import silence_libraries
 from lorma.errors import InputError
+from lorma.files import check_output, write_atomic
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +30,7 @@ def predict(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 128,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the base model's repository run its own Python.")
@@ -38,10 +40,9 @@ def predict(
         raise InputError("give either --text or --file")
     if text_pair and len(text_pair) != len(text or []):
         raise InputError(f"--text-pair is given {len(text_pair)} times and --text {len(text or [])} times")
-    if output and (output.is_dir() or not output.resolve().parent.is_dir()):
-        raise InputError(f"--output={str(output)!r} must be a file in a directory that exists")
+    if output:
+        check_output(output, overwrite, *([file] if file else []), kind=None)
     silence_libraries()
-    from lorma.files import write_atomic
     from lorma.tasks import input_columns, read_prediction_rows, text_row
     from lorma.training.inference import load_predictor
 

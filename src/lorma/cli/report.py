@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorma.cli.common import plain_console, print_report_place, print_table
-from lorma.errors import InputError
+from lorma.files import check_directory
 
 
 def register(app: typer.Typer) -> None:
@@ -21,8 +21,7 @@ def report(
 ) -> None:
     from lorma.analysis import build_table, load_run, write_report
 
-    if output.is_file():
-        raise InputError(f"--output={str(output)!r} is a file; give a directory")
+    check_directory(output)
     console = plain_console()
     runs = [load_run(path) for path in run_dirs]
     print_table(console, build_table(runs))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lorma.errors import InputError, one_line
 from lorma.export.base import Base, meta_model
-from lorma.files import META_FILE, write_folder
+from lorma.export.output import ADAPTER
+from lorma.files import META_FILE, check_output, write_folder
 from lorma.functional.multiplier import Side
 from lorma.tuners.adapter_file import PREFIX, WEIGHTS_NAME, WIDE_RANK, AdapterFile, part_of, read_adapter
 from lorma.tuners.lorma import LormaConfig, LormaLayer
@@ -52,7 +53,7 @@ def compose(
 
     Args:
         first, second: adapter folders.
-        output: folder to write; replaced if it exists.
+        output: folder to write; one that exists is replaced if it holds nothing but an adapter.
         base: the base model, of which only the configuration is read; None does without where that is possible.
         heads_from: whose heads and biases to keep where both adapters have trained the same ones differently.
 
@@ -60,9 +61,10 @@ def compose(
         The new adapter, as it is read back from ``output``.
 
     Raises:
-        InputError: an adapter that cannot be read or is no LoRMA₊ adapter, two that do not fit each other, or a
-            question that needs ``base``.
+        InputError: an adapter that cannot be read or is no LoRMA₊ adapter, two that do not fit each other, a
+            question that needs ``base``, or an output that cannot be written or holds anything else.
     """
+    check_output(output, True, first, second, kind=ADAPTER)
     one, two = read_adapter(first), read_adapter(second)
     for adapter in (one, two):
         _check_kind(adapter)

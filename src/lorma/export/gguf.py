@@ -22,9 +22,9 @@ from lorma.errors import InputError
 from lorma.export.adapted import Adapted, open_adapter
 from lorma.export.base import Base
 from lorma.export.forms import CONVOLUTIONS, LoraForm
-from lorma.export.lora import DTYPES, LayerReport, adapter_folder, base_of, check_dtype, check_output, forms_of
+from lorma.export.lora import DTYPES, LayerReport, adapter_folder, base_of, check_dtype, forms_of
 from lorma.export.truncation import Truncation
-from lorma.files import write_file
+from lorma.files import check_output, write_file
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -67,13 +67,11 @@ def export_gguf(
     check_dtype(dtype)
     if output.suffix != ".gguf":
         raise InputError(f"output={str(output)!r} must end in .gguf")
-    check_output(output, overwrite, file=True)
     _import_gguf()
     folder = adapter_folder(adapter)
     base = base or base_of(folder)
-    check_output(
-        output, overwrite, folder, base.path, *([Path(base.path, base.gguf_file)] if base.gguf_file else []), file=True
-    )
+    packed = [Path(base.path, base.gguf_file)] if base.gguf_file else []
+    check_output(output, overwrite, folder, base.path, *packed, kind=None)
     adapted = open_adapter(folder, base)
     architecture = _architecture(adapted)
     _check_others(adapted)

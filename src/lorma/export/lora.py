@@ -8,7 +8,6 @@ PEFT gives them for every method. Fused projections become one LoRA on the whole
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,14 +24,14 @@ from lorma.errors import InputError
 from lorma.export.adapted import NAME, Adapted, adapted_layers, open_adapter, own_part
 from lorma.export.base import Base
 from lorma.export.forms import LoraForm, lora_form
+from lorma.export.output import ADAPTER, REPORT_FILE
 from lorma.export.truncation import Truncation
-from lorma.files import META_FILE, write_folder
+from lorma.files import META_FILE, check_output, write_folder
 from lorma.tuners.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_config
 from lorma.tuners.kinds import patterns
 from lorma.tuners.untrusted import copy_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-REPORT_FILE = "export.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def export_lora(
         dtype: of the LoRA's factors, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         uniform_rank: pad every layer with zeros to the largest rank, for servers that want one.
         truncation: how to approximate layers that have no exact LoRA form; None refuses them.
-        overwrite: replace what is at ``output``.
+        overwrite: replace a folder at ``output`` that holds nothing but an adapter.
 
     Returns: a report for each adapted layer; the same is written to ``export.json`` in the folder.
 
@@ -83,10 +82,9 @@ def export_lora(
     """
     output = Path(output)
     check_dtype(dtype)
-    check_output(output, overwrite)
     folder = adapter_folder(adapter)
     base = base or base_of(folder)
-    check_output(output, overwrite, folder, base.path)
+    check_output(output, overwrite, folder, base.path, kind=ADAPTER)
     adapted = open_adapter(folder, base)
     forms = forms_of(adapted, truncation, DTYPES[dtype])
     names = _module_names(adapted.peft_model)
@@ -184,32 +182,6 @@ def base_of(folder: Path) -> Base:
     if not config.base_model_name_or_path:
         raise InputError(f"{folder / CONFIG_NAME} names no base model; name it (--base)")
     return Base(config.base_model_name_or_path, revision=config.revision)
-
-
-def check_output(output: Path, overwrite: bool, *inputs: str | Path, file: bool = False) -> None:
-    """Refuse an output before any work is done.
-
-    Args:
-        inputs: folders and files that are read; the output may not be one of them, or hold one.
-        file: whether a file is written, and not a folder.
-
-    Raises:
-        InputError: it exists and may not be replaced, is of the other kind, is an input, or has no directory to lie in
-            that can be written.
-    """
-    directory = output.resolve().parent
-    if not directory.is_dir() or not os.access(directory, os.W_OK):
-        reason = "cannot be written" if directory.is_dir() else "does not exist"
-        raise InputError(f"output={str(output)!r}: its directory {reason}")
-    if output.exists() and not overwrite:
-        raise InputError(f"output={str(output)!r} exists; give --overwrite to replace it")
-    if output.exists() and output.is_dir() == file:
-        raise InputError(
-            f"output={str(output)!r} is a {'folder' if file else 'file'}; name a {'file' if file else 'folder'}"
-        )
-    for path in inputs:
-        if Path(path).resolve().is_relative_to(output.resolve()):
-            raise InputError(f"output={str(output)!r} holds {str(path)!r}, which is read; choose another output")
 
 
 def check_dtype(dtype: str) -> None:

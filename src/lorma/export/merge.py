@@ -23,25 +23,16 @@ from torch import Tensor
 from lorma.errors import InputError
 from lorma.export.adapted import NAME, Adapted, open_adapter, own_name, plain_name
 from lorma.export.base import Base
+from lorma.export.output import COPIED, GENERATION_FILE, MODEL, SHARD_FILE, TEMPLATES
 from lorma.export.stream import CODES, write_safetensors
 from lorma.export.verify import check_same, load_adapted_outputs
 from lorma.export.weights import INDEX_FILE, SINGLE_FILE, LoadedWeights, SafetensorsWeights, base_file
-from lorma.files import META_FILE, write_folder
+from lorma.files import META_FILE, check_output, write_folder
 from lorma.tuners.card import merged_card
 from lorma.tuners.untrusted import TensorInfo, copy_json
 
 SHARD_BYTES = 5 * 10**9
 """Size of a shard where the base checkpoint gives none."""
-GENERATION_FILE = "generation_config.json"
-COPIED = f"""tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json
-    merges.txt bpe.codes tokenizer.model spiece.model spm.model source.spm target.spm sentencepiece.model
-    sentencepiece.bpe.model tekken.json normalizer.json chat_template.jinja chat_template.json {GENERATION_FILE}
-    preprocessor_config.json video_preprocessor_config.json processor_config.json LICENSE LICENSE.txt
-    LICENSE.md""".split()
-"""What is taken over from the base model as it is, where it is there."""
-TEMPLATES = "additional_chat_templates"
-"""A folder of chat templates beside the first."""
-
 ORIGINAL = ".original_module."
 """In the name of a bias of which PEFT has also saved the trained copy (``bias="all"``)."""
 
@@ -76,14 +67,16 @@ def merge(adapter: Path, output: Path, base: Base, *, verify: bool = True) -> Me
 
     Args:
         adapter: the adapter folder.
-        output: folder to write; replaced if it exists.
+        output: folder to write; one that exists is replaced if it holds nothing but a model.
         base: its base model, in full precision.
         verify: load the adapted and the written model and compare their outputs.
 
     Raises:
-        InputError: an adapter or a base model that cannot be read, or that do not fit each other.
+        InputError: an adapter or a base model that cannot be read, or that do not fit each other, or an output that
+            cannot be written or holds anything else.
         ValueError: a merged weight is not finite, or the written model answers otherwise than the adapted one.
     """
+    check_output(output, True, adapter, base.path, kind=MODEL)
     adapted = _with_all_weights(open_adapter(adapter, base))
     plan = Plan(adapted)
     counted: list[int] = []
@@ -172,7 +165,7 @@ class Plan:
         if len(shards) == 1:
             return {SINGLE_FILE: next(iter(shards.values()))}
         total = len(shards)
-        return {f"model-{i + 1:05d}-of-{total:05d}.safetensors": names for i, (_, names) in enumerate(shards.items())}
+        return {SHARD_FILE.format(i, total): names for i, names in enumerate(shards.values(), start=1)}
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """What is written under each name, one at a time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorma.errors import InputError, one_line
+from lorma.errors import InputError, one_line, reading
 from lorma.files import META_FILE
 from lorma.tasks import CausalLM, get_task
 from lorma.training.models import load_tokenizer
@@ -69,11 +69,12 @@ def base_arguments(folder: Path, base: str | None = None, *, trust_remote_code: 
     return arguments
 
 
+@reading()
 def finished_adapter(path: str | Path) -> Path:
     """The adapter folder that ``path`` is, or that the run directory ``path`` holds.
 
     Raises:
-        InputError: it is neither, or the run is unfinished or trained without an adapter.
+        InputError: it is neither or may not be read, or the run is unfinished or trained without an adapter.
     """
     folder = Path(path).expanduser()
     run = RunDirectory(folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorma.errors import InputError, one_line
+from lorma.errors import InputError, one_line, reading
 from lorma.files import META_FILE
 from lorma.tasks import CausalLM, Task, get_task
 from lorma.training.base_model import read_meta
@@ -139,8 +139,11 @@ def evaluate(run: RunDirectory, *, trust_remote_code: bool = False) -> dict[str,
 
     from lorma.training.run import training_arguments
 
-    recipe = run.read_recipe()
+    with reading():
+        recipe = run.read_recipe()
     predictor = load_predictor(run.path, trust_remote_code=trust_remote_code)
+    with reading():
+        reported = json.loads(run.summary_file.read_text(encoding="utf-8"))["final_metrics"]
     prepared = predictor.task.prepare(recipe.data, predictor.tokenizer)
     trainer = Trainer(
         model=predictor.model,
@@ -152,7 +155,6 @@ def evaluate(run: RunDirectory, *, trust_remote_code: bool = False) -> dict[str,
     )
     trainer.remove_callback(PrinterCallback)
     measured = trainer.evaluate()
-    reported = json.loads(run.summary_file.read_text(encoding="utf-8"))["final_metrics"]
     return {name: measured[f"eval_{name}"] for name in reported}
 
 
@@ -189,6 +191,7 @@ def usage_lines(run: RunDirectory) -> list[str]:
     ]
 
 
+@reading()
 def _weights_folder(path: Path) -> Path:
     run = RunDirectory(path)
     if run.recipe_file.is_file():

@@ -18,7 +18,7 @@ from typing import IO, Any
 import yaml
 
 from lorma.errors import InputError
-from lorma.files import write_atomic
+from lorma.files import check_directory, write_atomic
 from lorma.training.recipe import Recipe, RecipeLoader, differences, parse_recipe
 
 MARKER = "complete"
@@ -65,10 +65,10 @@ class RunDirectory:
         """Refuse to train ``recipe`` here if that would destroy or mix anything; ``overwrite`` allows it for a run.
 
         Raises:
-            InputError: a finished run, an unfinished run of another recipe, or a directory that is no run.
+            InputError: a finished run, an unfinished run of another recipe, a directory that is no run, or one in which
+                nothing can be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"output={str(self.path)!r} is a file; name a directory")
+        check_directory(self.path)
         if not self.path.is_dir() or all(_is_ours(entry) for entry in self.path.iterdir()):
             return
         if not self.recipe_file.is_file():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorma.errors import InputError, one_line
+from lorma.errors import InputError, one_line, reading
 
 MAX_JSON = 1 << 20
 """Bytes of a JSON file: some hundred times a usual ``adapter_config.json``."""
@@ -33,18 +33,22 @@ DTYPES = {
 """What tensors may hold, by its name in a safetensors header."""
 
 
+@reading()
 def file_within(folder: Path, name: str) -> Path:
     """The ordinary file ``name`` of a folder.
 
     A link may stay inside the folder, or lead from a snapshot in the hub's cache to its blobs.
 
     Raises:
-        InputError: there is none, it is a link that leads elsewhere, or it is no ordinary file (a pipe, a device).
+        InputError: there is none, it is a link that leads elsewhere, no ordinary file (a pipe, a device), or may not
+            be looked at.
     """
     path = folder / name
     try:
         real, home = path.resolve(strict=True), folder.resolve(strict=True)
         mode = real.stat().st_mode
+    except PermissionError:
+        raise
     except (OSError, RuntimeError, ValueError):
         raise InputError(f"{folder} has no {name}") from None
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -59,8 +63,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of a folder.
 
     Raises:
-        InputError: as :func:`file_within`; or it is larger than ``MAX_JSON``, nested too deeply, no JSON object, or
-            holds NaN or infinity.
+        InputError: as :func:`file_within`; or it may not be read, is larger than ``MAX_JSON``, nested too deeply, no
+            JSON object, or holds NaN or infinity.
     """
     return _read_json(folder, name)[1]
 
@@ -79,6 +83,7 @@ def copy_json(folder: Path, name: str, target: Path) -> bool:
     return True
 
 
+@reading()
 def _read_json(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
     path = file_within(folder, name)
     try:
@@ -87,7 +92,7 @@ def _read_json(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
         if len(raw) > MAX_JSON:
             raise InputError(f"{path} is larger than {MAX_JSON:,} bytes")
         content = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
-    except InputError:
+    except (InputError, PermissionError):
         raise
     except RecursionError:
         raise InputError(f"{path} cannot be read: it is nested too deeply") from None
@@ -116,6 +121,7 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype
 
 
+@reading()
 def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of the tensors of a safetensors file; no tensor is read.
 
@@ -123,8 +129,8 @@ def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
     is as large as what it says it holds.
 
     Raises:
-        InputError: as :func:`file_within`; or the file is truncated, no safetensors file, or holds a tensor of a kind
-            that is not allowed.
+        InputError: as :func:`file_within`; or the file may not be read, is truncated, no safetensors file, or holds a
+            tensor of a kind that is not allowed.
     """
     path = file_within(folder, name)
     refusal = f"{path} is truncated or not a safetensors file"
@@ -136,7 +142,7 @@ def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except InputError:
+    except (InputError, PermissionError):
         raise
     except (SafetensorError, OSError, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{refusal} ({one_line(error)}); copy or save it again") from None
