@@ -55,36 +55,36 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     if recipe.train.gradient_checkpointing:
         base.enable_input_require_grads()
 
-    with processes().main_process_first():
-        if processes().is_main_process:
-            run.open(recipe, overwrite)
-        recorder = RunRecorder(run)
-    checkpoint = run.last_checkpoint()
-    counts = count_parameters(model, recipe.adapter, task.peft_task_type)
-    console.print(
-        f"{recipe.method} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
-        f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
-        f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}"
-    )
-    if checkpoint:
-        console.print(f"  going on from step {run.last_step()}")
-
     bar = ProgressBar(console, recipe.method)
-    trainer = MethodTrainer(
-        method,
-        recipe.train,
-        task,
-        model=model,
-        args=training_arguments(recipe, task, run),
-        train_dataset=prepared.train,
-        eval_dataset=prepared.eval,
-        data_collator=prepared.collator,
-        compute_metrics=prepared.compute_metrics,
-        processing_class=tokenizer,
-        callbacks=[*([method.callback(model)] if method.callback else []), recorder, bar],
-    )
-    trainer.remove_callback(PrinterCallback)
     try:
+        with processes().main_process_first():
+            if processes().is_main_process:
+                run.open(recipe, overwrite)
+            recorder = RunRecorder(run)
+        checkpoint = run.last_checkpoint()
+        counts = count_parameters(model, recipe.adapter, task.peft_task_type)
+        console.print(
+            f"{recipe.method} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
+            f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
+            f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}"
+        )
+        if checkpoint:
+            console.print(f"  going on from step {run.last_step()}")
+
+        trainer = MethodTrainer(
+            method,
+            recipe.train,
+            task,
+            model=model,
+            args=training_arguments(recipe, task, run),
+            train_dataset=prepared.train,
+            eval_dataset=prepared.eval,
+            data_collator=prepared.collator,
+            compute_metrics=prepared.compute_metrics,
+            processing_class=tokenizer,
+            callbacks=[*([method.callback(model)] if method.callback else []), recorder, bar],
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         processes().wait_for_everyone()
         if not _evaluations(run, at_step=trainer.state.global_step):

@@ -92,10 +92,18 @@ class RunDirectory:
         an unfinished one without checkpoints at any moment.
 
         Raises:
-            InputError: another process is training here.
+            InputError: another process is training here, or has since :meth:`check` left what that refuses.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        try:
+            self.check(recipe, overwrite)  # again: another process may have trained here since, and ended
+            self._make_ready(recipe, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_ready(self, recipe: Recipe, overwrite: bool) -> None:
         if overwrite and self.recipe_file.is_file() and (self.finished or not self._holds(recipe)):
             if self.checkpoints.is_dir():
                 os.replace(self.checkpoints, self.path / f".checkpoints.{os.getpid()}.tmp")
@@ -115,8 +123,8 @@ class RunDirectory:
     def close(self) -> None:
         """Let other processes train here."""
         if self._lock is not None:
+            self.lock_file.unlink(missing_ok=True)  # while it is still locked: see _take_lock
             self._lock.close()
-            self.lock_file.unlink(missing_ok=True)
             self._lock = None
 
     def _holds(self, recipe: Recipe) -> bool:
@@ -126,13 +134,24 @@ class RunDirectory:
             return False
 
     def _take_lock(self) -> None:
-        self._lock = self.lock_file.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            self._lock = None
-            raise InputError(f"output={str(self.path)!r} is being trained by another process") from None
+        """Lock ``.lock``, and make sure that it is the file of that name: who held it removes it, and a lock on the
+        removed file keeps nobody out.
+        """
+        while self._lock is None:
+            lock = self.lock_file.open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                raise InputError(f"output={str(self.path)!r} is being trained by another process") from None
+            try:
+                current = os.path.samestat(os.fstat(lock.fileno()), self.lock_file.stat())
+            except FileNotFoundError:
+                current = False
+            if current:
+                self._lock = lock
+            else:
+                lock.close()
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
