@@ -15,7 +15,7 @@ def compared(recipe_file, tmp_path, cli):
     return recipe, tmp_path / "all", result
 
 
-def test_table_report_and_skipping(compared, cli, tmp_path):
+def test_table_report_and_skipping(compared, reviews, cli, tmp_path):
     recipe, folder, first = compared
     assert {path.name for path in folder.iterdir()} == {
         "lora-seed0",
@@ -50,6 +50,11 @@ def test_table_report_and_skipping(compared, cli, tmp_path):
     other = cli("compare", recipe, f"output={folder}", "adapter.r=3")
     assert other.code == 2
     assert "was trained with another adapter.r" in other.err
+
+    reviews.write_text(reviews.read_text().replace("great", "fine"))
+    changed = cli("compare", recipe, f"output={folder}")
+    assert changed.code == 2
+    assert "lora-seed0': data.train has changed since this run began" in changed.err
 
     report = cli("report", folder / "lora-seed0", folder / "lorma-plus-seed1", "-o", tmp_path / "mine")
     assert report.code == 0

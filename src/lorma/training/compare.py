@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from lorma.errors import InputError
+from lorma.tasks.fingerprint import fingerprints
 from lorma.training.budget import Choice, Counter
 from lorma.training.methods import get_method, method_names
 from lorma.training.recipe import Recipe, apply_override, differences, load_recipe, parse_recipe
@@ -74,7 +75,8 @@ def compare(
         console: where to say what is going on.
 
     Raises:
-        InputError: before the first run, for a wrong recipe, method or seed, or a finished run of another recipe.
+        InputError: before the first run, for a wrong recipe, method or seed, or a finished run of another recipe or of
+            other data.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("lorma compare starts its own processes; give the launcher as --launcher 'accelerate launch'")
@@ -88,7 +90,8 @@ def compare(
     choices = {} if budget is None else _choose(recipe, methods, budget, console)
     planned = [_plan(recipe, method, seed, choices.get(method)) for seed in seeds for method in methods]
     result = Comparison(Path(recipe.output))
-    waiting = [run for run in planned if overwrite or not _is_done(run.recipe)]
+    data = fingerprints(recipe.data)
+    waiting = [run for run in planned if overwrite or not _is_done(run.recipe, data)]
     for number, run in enumerate(planned, start=1):
         name = run.path.name
         if run not in waiting:
@@ -163,7 +166,7 @@ def _plan(recipe: Recipe, method: str, seed: int, choice: Choice | None) -> Plan
     return Planned(_changed(recipe, changes), changes)
 
 
-def _is_done(recipe: Recipe) -> bool:
+def _is_done(recipe: Recipe, data: dict[str, str]) -> bool:
     run = RunDirectory(recipe.output)
     if not run.finished:
         return False
@@ -172,6 +175,7 @@ def _is_done(recipe: Recipe) -> bool:
         raise InputError(
             f"{run.path} was trained with another {', '.join(changed)}; give --overwrite or another output"
         )
+    run.check_data(data, overwrite=False)
     return True
 
 

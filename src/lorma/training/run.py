@@ -18,6 +18,7 @@ from lorma.analysis import loss_auc
 from lorma.analysis.runs import SCHEMA_VERSION
 from lorma.files import META_FILE, write_atomic, write_folder
 from lorma.tasks import Task, get_task
+from lorma.tasks.fingerprint import fingerprints
 from lorma.training.callbacks import ProgressBar, RunRecorder
 from lorma.training.card import training_text
 from lorma.training.memory import peak_memory, reset_peak_memory
@@ -45,6 +46,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     console = console or Console(quiet=not processes().is_main_process, markup=False, highlight=False)
     run, task = RunDirectory(recipe.output), get_task(recipe.task)
     run.check(recipe, overwrite)
+    data = fingerprints(recipe.data)
+    run.check_data(data, overwrite)
     set_seed(recipe.seed)
     reset_peak_memory()
     tokenizer = load_tokenizer(recipe.model)
@@ -59,7 +62,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     try:
         with processes().main_process_first():
             if processes().is_main_process:
-                run.open(recipe, overwrite)
+                run.open(recipe, overwrite, data)
             recorder = RunRecorder(run)
         checkpoint = run.last_checkpoint()
         counts = count_parameters(model, recipe.adapter, task.peft_task_type)
