@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from lorma.errors import InputError
+from lorma.training.loader import RecipeLoader
 from lorma.training.methods import method_names
 from lorma.training.packaged import ALIASES, RECIPE_FOLDERS, find_model
 from lorma.training.recipe import Recipe, differences, load_recipe, parse_recipe
@@ -82,6 +83,32 @@ def test_missing_and_broken_files(tmp_path):
         load_recipe(broken)
     with pytest.raises(InputError, match="key 'model' is missing from the recipe"):
         parse_recipe({"task": "classification", "data": {"train": "x"}, "output": "y"})
+
+
+def test_a_key_stands_once(recipe_file):
+    file = recipe_file()
+    text = file.read_text()
+    line = text.splitlines().index("adapter:") + 2
+    file.write_text(text.replace("  r: 2\n", "  r: 2\n  alpha: 4\n  r: 16\n"))
+    with pytest.raises(InputError, match=f"recipe.yaml: key 'r' is given twice, in line {line} and in line {line + 2}"):
+        load_recipe(file)
+    file.write_text(text + "train: {epochs: 2}\n")
+    with pytest.raises(InputError, match="key 'train' is given twice, in line"):
+        load_recipe(file)
+    file.write_text(text)
+    with pytest.raises(InputError, match="override 'seed=1': 'seed' is given 2 times"):
+        load_recipe(file, ["seed=1", "adapter.r=3", "seed=2"])
+    with pytest.raises(InputError, match="override 'adapter={r: 1, r: 2}': key 'r' is given twice"):
+        load_recipe(file, ["adapter={r: 1, r: 2}"])
+
+
+def test_a_mapping_taken_over_may_be_changed():
+    first = "first: &first {a: 1, b: 2}\n"
+    second = "outer: {inner: &second {<<: *first, a: 3}}\n"
+    third = "third: {<<: *second, b: 4}\n"
+    content = yaml.load(first + second + third, RecipeLoader)
+    assert content["outer"]["inner"] == {"a": 3, "b": 2}
+    assert content["third"] == {"a": 3, "b": 4}
 
 
 def test_overrides_and_round_trip(recipe_file):

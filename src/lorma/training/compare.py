@@ -21,7 +21,7 @@ from lorma.errors import InputError
 from lorma.tasks.fingerprint import fingerprints
 from lorma.training.budget import Choice, Counter
 from lorma.training.methods import get_method, method_names
-from lorma.training.recipe import Recipe, apply_override, differences, load_recipe, parse_recipe
+from lorma.training.recipe import Recipe, apply_override, differences, load_recipe, override_key, parse_recipe
 from lorma.training.rundir import RunDirectory
 
 EVERY = "all"
@@ -182,4 +182,6 @@ def _is_done(recipe: Recipe, data: dict[str, str]) -> bool:
 def _command(recipe_path: str, overrides: list[str], run: Planned, overwrite: bool, launcher: str | None) -> list[str]:
     start = shlex.split(launcher) if launcher else [sys.executable]
     further = ["--no-usage", *(["--overwrite"] if overwrite else [])]
-    return [*start, "-m", "lorma", "train", recipe_path, *overrides, *run.changes, *further]
+    changed = [override_key(change) for change in run.changes]
+    kept = [override for override in overrides if override_key(override) not in changed]
+    return [*start, "-m", "lorma", "train", recipe_path, *kept, *run.changes, *further]

@@ -19,7 +19,8 @@ import yaml
 
 from lorma.errors import InputError
 from lorma.files import write_atomic
-from lorma.training.recipe import Recipe, RecipeLoader, differences, parse_recipe
+from lorma.training.loader import RecipeLoader
+from lorma.training.recipe import Recipe, differences, parse_recipe
 
 MARKER = "complete"
 KEPT_CHECKPOINTS = 2
