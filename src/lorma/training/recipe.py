@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from lorma.errors import InputError, did_you_mean
 from lorma.tasks import TASKS, DataSpec
@@ -24,6 +25,14 @@ class Section(BaseModel):
     """A part of a recipe; unknown keys are errors and values do not change once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
+OrEmpty = BeforeValidator(_empty)
+"""A section without a line, or with all of them commented out, is one that says nothing: its defaults."""
 
 
 class ModelSpec(Section):
@@ -94,7 +103,7 @@ class CompareSpec(Section):
 
     methods: list[str] = Field(default=["lora", "lorma-plus", "lorma-permutation"], min_length=1)
     seeds: list[int] = Field(default=[0], min_length=1)
-    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    learning_rates: Annotated[dict[str, Annotated[float, Field(gt=0)]], OrEmpty] = Field(default={})
 
     @field_validator("methods", "seeds")
     @classmethod
@@ -109,12 +118,12 @@ class Recipe(Section):
     """A training run, fully described. See each section's class for its keys."""
 
     task: str
-    model: ModelSpec
-    data: DataSpec
+    model: Annotated[ModelSpec, OrEmpty]
+    data: Annotated[DataSpec, OrEmpty]
     method: str = "lorma-plus"
-    adapter: AdapterSpec = AdapterSpec()
-    train: TrainSpec = TrainSpec()
-    compare: CompareSpec = CompareSpec()
+    adapter: Annotated[AdapterSpec, OrEmpty] = AdapterSpec()
+    train: Annotated[TrainSpec, OrEmpty] = TrainSpec()
+    compare: Annotated[CompareSpec, OrEmpty] = CompareSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: str = Field(min_length=1)
 
@@ -229,7 +238,9 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     place = content
     for section in sections:
-        place = place.setdefault(section, {})
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
         if not isinstance(place, dict):
             raise InputError(f"override {override!r}: {section!r} is not a section")
     place[last] = value
@@ -254,7 +265,16 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key {key!r} is missing from the recipe"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key}={first['input']!r}: {message}" if key and not isinstance(first["input"], BaseModel) else message
+    if first["type"] == "too_short":
+        message = f"at least {first['ctx']['min_length']} must be given"
+    if not key or isinstance(first["input"], BaseModel):
+        return message
+    return f"{key}: {message}" if _is_section(first) else f"{key}={first['input']!r}: {message}"
+
+
+def _is_section(error: ErrorDetails) -> bool:
+    """Whether an error is about how the keys of a section go together."""
+    return error["type"] == "value_error" and isinstance(error["input"], dict)
 
 
 def _keys(place: list[str]) -> list[str]:
