@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -77,6 +79,7 @@ def compare(
     Raises:
         InputError: before the first run, for a wrong recipe, method or seed, or a finished run of another recipe or of
             other data.
+        KeyboardInterrupt: after a SIGTERM, which the run in progress gets as well.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("lorma compare starts its own processes; give the launcher as --launcher 'accelerate launch'")
@@ -99,7 +102,7 @@ def compare(
         else:
             console.print(f"[{number}/{len(planned)}] {name}")
             command = _command(recipe_path, overrides, run, overwrite, launcher)
-            status = subprocess.run(command, check=False).returncode
+            status = _run(command)
             if status == 2:
                 raise InputError(f"{name} was refused (see above); nothing further was started")
             if status != 0:
@@ -164,6 +167,38 @@ def _plan(recipe: Recipe, method: str, seed: int, choice: Choice | None) -> Plan
     output = str(Path(recipe.output) / f"{method}-seed{seed}")
     changes += [f"method={method}", f"seed={seed}", f"output={json.dumps(output)}"]
     return Planned(_changed(recipe, changes), changes)
+
+
+def _run(command: list[str]) -> int:
+    """The exit code of a command. Whoever terminates this process terminates that one first.
+
+    Raises:
+        KeyboardInterrupt: this process was told to end (SIGTERM), and the command has ended.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    told = False
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        if child is not None:
+            child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        with subprocess.Popen(command) as child:
+            if told:  # while it was being started
+                child.terminate()
+            try:
+                status = child.wait()
+            except BaseException:
+                child.kill()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if told:
+        raise KeyboardInterrupt
+    return status
 
 
 def _is_done(recipe: Recipe, data: dict[str, str]) -> bool:
