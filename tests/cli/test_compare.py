@@ -1,8 +1,13 @@
 """``lorma compare`` and ``lorma report``, with a real process a run."""
 
 import json
+import signal
+import time
 
+import psutil
 import pytest
+
+from helpers_cli import cli_process, start_cli
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +20,7 @@ def compared(recipe_file, tmp_path, cli):
     return recipe, tmp_path / "all", result
 
 
-def test_table_report_and_skipping(compared, cli, tmp_path):
+def test_table_report_and_skipping(compared, reviews, cli, tmp_path):
     recipe, folder, first = compared
     assert {path.name for path in folder.iterdir()} == {
         "lora-seed0",
@@ -51,6 +56,11 @@ def test_table_report_and_skipping(compared, cli, tmp_path):
     assert other.code == 2
     assert "was trained with another adapter.r" in other.err
 
+    reviews.write_text(reviews.read_text().replace("great", "fine"))
+    changed = cli("compare", recipe, f"output={folder}")
+    assert changed.code == 2
+    assert "lora-seed0': data.train has changed since this run began" in changed.err
+
     report = cli("report", folder / "lora-seed0", folder / "lorma-plus-seed1", "-o", tmp_path / "mine")
     assert report.code == 0
     assert (tmp_path / "mine" / "index.html").is_file()
@@ -61,6 +71,30 @@ def test_a_failing_method_does_not_take_the_others_with_it(recipe_file, tmp_path
     result = cli("compare", recipe, "--methods", "full,lorma-none", "--seeds", "0", "train.warmup_ratio=0")
     assert result.code == 1
     assert "Failed, and not in the table: full-seed0" in result.out
+
+
+def test_who_terminates_a_comparison_terminates_its_run(recipe_file, tmp_path):
+    train = {"max_steps": 300, "batch_size": 8, "save_steps": 10, "eval_steps": 300}
+    recipe = recipe_file(train=train, compare={"methods": ["lora", "lorma-plus"]})
+    first, second = tmp_path / "run" / "lora-seed0", tmp_path / "run" / "lorma-plus-seed0"
+    process = start_cli("compare", recipe)
+    deadline = time.monotonic() + 120
+    while not (first / "checkpoints" / "checkpoint-10" / "complete").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    runs = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert runs
+    assert not [run for run in runs if run.is_running()]
+    assert process.returncode == 1
+    assert err.strip() == "lorma: interrupted; the same command goes on from the last checkpoint"
+    assert not (first / "summary.json").exists()
+    assert not second.exists()
+
+    again = cli_process("compare", recipe)
+    assert again.code == 0, again.err
+    assert again.out.count("going on from step") == 1
+    assert (second / "summary.json").is_file()
 
 
 def test_refusals_come_before_the_first_run(recipe_file, tmp_path, cli, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from lorma.errors import InputError
 from lorma.tasks import DataSpec, load_splits
+from lorma.tasks.fingerprint import fingerprints
 from lorma.tasks.movie_reviews import load_movie_reviews
 
 Write = Callable[[str, str | bytes], str]
@@ -81,6 +82,38 @@ def test_a_directory_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert splits.eval.text("text", "text") == ["test 0", "test 1"]
     with pytest.raises(InputError, match=r"data\.train: .* cannot be read .* Unknown split \"dev\""):
         load_splits(DataSpec(train=str(folder), eval_split="dev"))
+
+
+def test_a_fingerprint_is_of_the_content(write: Write, tmp_path: Path) -> None:
+    spec = DataSpec(train=write("a.csv", "text,label\nx,1\n"), eval=write("b.csv", "text,label\nx,1\n"))
+    first = fingerprints(spec)
+    assert set(first) == {"data.train", "data.eval"}
+    assert first["data.train"] == first["data.eval"]
+    write("b.csv", "text,label\nx,2\n")
+    second = fingerprints(spec)
+    assert second["data.train"] == first["data.train"]
+    assert second["data.eval"] != first["data.eval"]
+    write("b.csv", "text,label\nx,1\n")
+    assert fingerprints(spec) == first
+
+
+def test_the_fingerprint_of_a_directory_is_of_the_data_in_it(tmp_path: Path) -> None:
+    """A run directory may lie beside the data, and grows while it is trained."""
+    spec = DataSpec(train=str(tmp_path))
+    (tmp_path / "train.csv").write_text("text\nx\n")
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    first = fingerprints(spec)
+    (tmp_path / "runs" / "one" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert fingerprints(spec) == first
+    (tmp_path / "train.csv").write_text("text\ny\n")
+    second = fingerprints(spec)
+    (tmp_path / "test.csv").write_text("text\nz\n")
+    assert len({str(found) for found in (first, second, fingerprints(spec))}) == 3
+
+
+@pytest.mark.parametrize("name", ["movie_reviews", "nowhere.csv", "no/where.csv", "org/name", "neither"])
+def test_what_is_packaged_or_cannot_be_read_has_no_fingerprint(name: str) -> None:
+    assert fingerprints(DataSpec(train=name)) == {}
 
 
 def test_movie_reviews_counts() -> None:

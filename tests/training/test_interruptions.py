@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from helpers_cli import cli_process, start_cli
+from lorma.errors import InputError
+from lorma.training.recipe import load_recipe
+from lorma.training.rundir import RunDirectory
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +138,91 @@ def test_another_recipe_does_not_go_on_with_it(recipe, tmp_path):
     refused = cli_process("train", recipe, f"output={run}", "adapter.r=3")
     assert refused.code == 2
     assert "holds an unfinished run with another adapter.r" in refused.err
+
+
+def test_other_data_does_not_go_on_with_it(recipe, reviews, tmp_path):
+    """What it is evaluated on could have been trained on."""
+    run, rows = tmp_path / "killed", reviews.read_text()
+    process = start_cli("train", recipe, f"output={run}")
+    wait_for_lines(run, 12, process)
+    process.kill()
+    process.communicate()
+    step = RunDirectory(run).last_step()
+    reviews.write_text(rows.replace("great", "fine"))
+    refused = cli_process("train", recipe, f"output={run}")
+    assert refused.code == 2
+    assert "data.train has changed since this run began; give --overwrite to start anew" in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+    reviews.write_text(rows)
+    went_on = cli_process("train", recipe, f"output={run}")
+    assert f"going on from step {step}" in went_on.out
+
+    (run / "summary.json").unlink()
+    reviews.write_text(rows.replace("great", "fine"))
+    anew = cli_process("train", recipe, f"output={run}", "--overwrite")
+    assert anew.code == 0, anew.err
+    assert "going on" not in anew.out
+
+
+def test_runs_without_a_record_of_their_data_go_on(recipe_file, reviews, tmp_path, cli):
+    """As those of earlier versions; from then on there is one."""
+    recipe, run = recipe_file(train={"max_steps": 12, "batch_size": 8, "save_steps": 6}), tmp_path / "run"
+    assert cli("train", recipe).code == 0
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "data.json").unlink()
+    assert "going on from step 12" in cli("train", recipe).out
+    (run / "summary.json").unlink()
+    reviews.write_text(reviews.read_text().replace("great", "fine"))
+    assert "data.train has changed since this run began" in cli("train", recipe).err
+
+
+@pytest.mark.parametrize("ends", ["finished", "killed"])
+def test_a_run_that_began_meanwhile_is_left_alone(ends, recipe, recipe_file, tmp_path, cli, monkeypatch):
+    """While one process loads its model, another trains there from start to end, or gets killed."""
+    from lorma.training import run as training
+
+    run, load_model, kept = tmp_path / "run", training.load_model, {}
+
+    def load_slowly(*arguments, **options):
+        if ends == "finished":
+            assert cli_process("train", recipe, "train.max_steps=12").code == 0
+        else:
+            other = start_cli("train", recipe)
+            wait_for_lines(run, 12, other)
+            other.kill()
+            other.communicate()
+        kept.update({path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"})
+        return load_model(*arguments, **options)
+
+    monkeypatch.setattr(training, "load_model", load_slowly)
+    refused = cli("train", recipe_file("second.yaml", adapter={"r": 3}))
+    assert refused.code == 2
+    reason = "a finished run; give --overwrite" if ends == "finished" else "an unfinished run with another adapter.r"
+    assert reason in refused.err
+    assert kept[run / "recipe.yaml"]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
+
+
+def test_a_lock_is_on_the_file_that_others_see(recipe, tmp_path, monkeypatch):
+    """A run ends, and removes its lock file, after the next one has opened that file and before it locks it."""
+    import fcntl
+
+    loaded, lock = load_recipe(recipe), fcntl.flock
+    first, second, third = (RunDirectory(tmp_path / "run") for _ in range(3))
+    first.open(loaded, overwrite=False, data={})
+
+    def flock(file, operation):
+        first.close()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second.open(loaded, overwrite=False, data={})
+    with pytest.raises(InputError, match="is being trained by another process"):
+        third.open(loaded, overwrite=False, data={})
+    second.close()
+    assert not (tmp_path / "run" / ".lock").exists()
+    third.open(loaded, overwrite=False, data={})
+    third.close()
 
 
 def test_two_processes_under_torchrun(recipe, tmp_path):

@@ -1,16 +1,19 @@
 """Recipes: what is accepted, what is refused and how it is put."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from lorma.errors import InputError
+from lorma.training.loader import RecipeLoader
 from lorma.training.methods import method_names
 from lorma.training.packaged import ALIASES, RECIPE_FOLDERS, find_model
 from lorma.training.recipe import Recipe, differences, load_recipe, parse_recipe
 
 SHIPPED = sorted(file for folder in RECIPE_FOLDERS for file in folder.glob("*.yaml"))
+UNREADABLE = Path("/proc/self/mem")
 
 
 def test_there_are_shipped_recipes():
@@ -59,7 +62,10 @@ def test_shipped_recipes_are_found_from_anywhere(name, tmp_path, monkeypatch):
         ("epochs", "override 'epochs' is not of the form section.key=value"),
         ("task.name=x", "override 'task.name=x': 'task' is not a section"),
         ("data.text=[", r"override 'data.text=\[': the value is not valid YAML"),
-        ("data=null", "data=None: Input should be a valid dictionary"),
+        ("data=null", "key 'data.train' is missing from the recipe"),
+        ("data.prompt=question", "data: prompt needs completion: give both columns"),
+        ("compare.methods=[]", r"compare.methods=\[\]: at least 1 must be given"),
+        ("data.labels=[good]", r"data.labels=\['good'\]: at least 2 must be given"),
     ],
 )
 def test_bad_values_are_named(override, message, recipe_file):
@@ -74,6 +80,9 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(InputError, match="did you mean 'quickstart.yaml'"):
         load_recipe("quickstrat")
     broken = tmp_path / "broken.yaml"
+    broken.write_bytes("task: classification\nmethod: lörma".encode("latin-1"))
+    with pytest.raises(InputError, match="recipe '.*broken.yaml' is not UTF-8: byte 0xf6 in line 2"):
+        load_recipe(broken)
     broken.write_text("task: [unclosed")
     with pytest.raises(InputError, match="broken.yaml is not valid YAML"):
         load_recipe(broken)
@@ -82,6 +91,63 @@ def test_missing_and_broken_files(tmp_path):
         load_recipe(broken)
     with pytest.raises(InputError, match="key 'model' is missing from the recipe"):
         parse_recipe({"task": "classification", "data": {"train": "x"}, "output": "y"})
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="a file that root cannot read either, of Linux")
+def test_a_recipe_that_cannot_be_read():
+    with pytest.raises(InputError, match=f"recipe '{UNREADABLE}' cannot be read: .*Input/output error"):
+        load_recipe(UNREADABLE)
+
+
+def test_a_key_stands_once(recipe_file):
+    file = recipe_file()
+    text = file.read_text()
+    line = text.splitlines().index("adapter:") + 2
+    file.write_text(text.replace("  r: 2\n", "  r: 2\n  alpha: 4\n  r: 16\n"))
+    with pytest.raises(InputError, match=f"recipe.yaml: key 'r' is given twice, in line {line} and in line {line + 2}"):
+        load_recipe(file)
+    file.write_text(text + "train: {epochs: 2}\n")
+    with pytest.raises(InputError, match="key 'train' is given twice, in line"):
+        load_recipe(file)
+    file.write_text(text)
+    with pytest.raises(InputError, match="override 'seed=1': 'seed' is given 2 times"):
+        load_recipe(file, ["seed=1", "adapter.r=3", "seed=2"])
+    with pytest.raises(InputError, match="override 'adapter={r: 1, r: 2}': key 'r' is given twice"):
+        load_recipe(file, ["adapter={r: 1, r: 2}"])
+
+
+def test_a_mapping_taken_over_may_be_changed():
+    first = "first: &first {a: 1, b: 2}\n"
+    second = "outer: {inner: &second {<<: *first, a: 3}}\n"
+    third = "third: {<<: *second, b: 4}\n"
+    content = yaml.load(first + second + third, RecipeLoader)
+    assert content["outer"]["inner"] == {"a": 3, "b": 2}
+    assert content["third"] == {"a": 3, "b": 4}
+
+
+def test_the_nearest_recipe_may_lie_beside_the_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"recipe '\.' is a directory; recipes in it: none$"):
+        load_recipe(".")
+    (tmp_path / "reviews.yaml").touch()
+    (tmp_path / "notes.txt").touch()
+    for name in ("reviews.yml", "review", str(tmp_path / "revievs.yaml")):
+        with pytest.raises(InputError, match=r"is not a file; .*; did you mean '(/.*/)?reviews.yaml'\?$"):
+            load_recipe(name)
+    with pytest.raises(InputError, match=r"recipe '.*' is a directory; recipes in it: '/.*/reviews.yaml'$"):
+        load_recipe(tmp_path)
+    for name in ("quickstrat", "recipes/quickstrat.yaml"):
+        with pytest.raises(InputError, match=r"did you mean 'quickstart.yaml'\?$"):
+            load_recipe(name)
+
+
+@pytest.mark.parametrize("section", ["adapter", "train", "compare"])
+def test_an_empty_section_is_its_defaults(section, recipe_file):
+    file = recipe_file(**{section: None, "output": "somewhere"})
+    assert f"{section}: null" in file.read_text()
+    file.write_text(file.read_text().replace(f"{section}: null", f"{section}:\n  # nothing: 1"))
+    assert getattr(load_recipe(file), section) == Recipe.model_fields[section].default
+    assert load_recipe(file, ["train.epochs=7", "adapter.r=7"]).train.epochs == 7
 
 
 def test_overrides_and_round_trip(recipe_file):

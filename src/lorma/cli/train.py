@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -39,4 +40,4 @@ def train(
         console.print(f"Finished: {run.path}. To use it from Python:")
         for line in usage_lines(run):
             console.print(f"    {line}")
-        console.print(f"or from here: lorma predict {run.path} --text '…'")
+        console.print(f"or from here: lorma predict {shlex.quote(str(run.path))} --text '…'")

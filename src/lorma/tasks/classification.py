@@ -31,8 +31,8 @@ class Classification(TextTask):
 
     def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """See :meth:`Task.prepare`; ``labels`` are indices into ``meta["labels"]``."""
-        spec = self._fitted(spec, tokenizer)
         column = spec.label or "label"
+        spec = self._fitted(spec, column, tokenizer)
         splits = load_splits(spec, sentiment=True)
         classes = spec.labels or _find_classes(splits, column)
         meta = self._meta(spec, column, classes)

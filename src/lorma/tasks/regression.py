@@ -30,10 +30,10 @@ class Regression(TextTask):
 
     def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """See :meth:`Task.prepare`; ``labels`` are floats."""
-        spec = self._fitted(spec, tokenizer)
+        column = spec.label or ("rating" if spec.train in PACKAGED else "label")
+        spec = self._fitted(spec, column, tokenizer)
         if spec.labels is not None:
             raise InputError(f"data.labels: {spec.labels!r} does not apply to the task 'regression'")
-        column = spec.label or ("rating" if spec.train in PACKAGED else "label")
         splits = load_splits(spec)
         meta = self._meta(spec, column, None)
         train = self._tokenised(splits.train, _numbers(splits.train, column), meta, tokenizer)

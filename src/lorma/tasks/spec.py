@@ -21,6 +21,17 @@ def _class_names(value: Any) -> Any:
 Name = Annotated[str, Field(min_length=1)]
 
 
+def shared_column(roles: dict[str, str | None]) -> str | None:
+    """What is wrong where two fields name one column, say the text to judge and its label; None where none do."""
+    fields: dict[str, str] = {}
+    for field, column in roles.items():
+        if column in fields:
+            return f"{fields[column]} and {field} are both the column {column!r}; give each a column of its own"
+        if column is not None:
+            fields[column] = field
+    return None
+
+
 class DataSpec(BaseModel):
     """Where the rows come from and which columns hold what.
 
@@ -75,4 +86,7 @@ class DataSpec(BaseModel):
             raise ValueError(
                 f"{' and '.join(chosen)} exclude each other: give one of text, prompt + completion, messages"
             )
+        roles = ("text", "text_pair", "label", "prompt", "completion", "messages")
+        if fault := shared_column({role: getattr(self, role) for role in roles}):
+            raise ValueError(fault)
         return self

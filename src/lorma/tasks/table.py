@@ -122,21 +122,33 @@ def load_splits(spec: DataSpec, sentiment: bool = False) -> Splits:
     )
 
 
+def kind_of_source(name: str) -> Literal["packaged", "directory", "file", "hub"] | None:
+    """What ``data.train`` or ``data.eval`` names; a file or hub data set need not exist. None: it can be neither."""
+    path = Path(name).expanduser()
+    if name in PACKAGED:
+        return "packaged"
+    if path.is_dir():
+        return "directory"
+    if path.is_file() or extension(path) in EXTENSIONS:
+        return "file"
+    return "hub" if _HUB_NAME.fullmatch(name) else None
+
+
 def _load(spec: DataSpec, part: Part, sentiment: bool) -> Dataset:
     key = "data.eval" if part == "eval" and spec.eval is not None else "data.train"
     name = spec.eval if part == "eval" and spec.eval is not None else spec.train
     path = Path(name).expanduser()
-    is_file = name not in PACKAGED and not path.is_dir() and (path.is_file() or extension(path) in EXTENSIONS)
-    if spec.column_names is not None and not is_file:
+    kind = kind_of_source(name)
+    if spec.column_names is not None and kind != "file":
         raise InputError(f"data.column_names: only CSV and TSV files may lack a header, but {key} is {name!r}")
-    if name in PACKAGED:
+    if kind == "packaged":
         _reject_split_keys(spec, part, f"{key} is the packaged data set {name!r}")
         return PACKAGED[name](part, sentiment)
-    if is_file:
+    if kind == "file":
         check_exists(path, key)
         _reject_split_keys(spec, part, f"{key} '{name}' is a file")
         return read_file(path, key, spec.column_names)
-    if not path.is_dir() and not _HUB_NAME.fullmatch(name):
+    if kind is None:
         beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = closest(name, PACKAGED) or closest(name, beside)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -144,7 +156,7 @@ def _load(spec: DataSpec, part: Part, sentiment: bool) -> Dataset:
             f"{key}: {name!r} is no file, directory, packaged data set ({', '.join(PACKAGED)}) or hub name "
             f"(org/name){hint}"
         )
-    return _load_published(spec, part, key, name if not path.is_dir() else str(path))
+    return _load_published(spec, part, key, name if kind == "hub" else str(path))
 
 
 def _reject_split_keys(spec: DataSpec, part: Part, reason: str) -> None:

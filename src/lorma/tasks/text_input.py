@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
 from lorma.tasks.base import Meta, Prepared, Row, Task, fit_length, reject_fields, set_padding, tokenise
-from lorma.tasks.spec import DataSpec
+from lorma.tasks.spec import DataSpec, shared_column
 from lorma.tasks.table import Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+DEFAULT_TEXT = "text"
 
 
 class TextTask(Task):
@@ -32,9 +34,14 @@ class TextTask(Task):
             texts, pairs, truncation=True, max_length=meta["max_length"], padding=True, return_tensors="pt"
         )
 
-    def _fitted(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> DataSpec:
-        """``spec`` with its ``max_length`` settled, after checking it against this task and ``tokenizer``."""
+    def _fitted(self, spec: DataSpec, label: str, tokenizer: PreTrainedTokenizerBase) -> DataSpec:
+        """``spec`` with its ``max_length`` settled, after checking it against this task and ``tokenizer``; ``label``
+        is the column that holds the answers.
+        """
         reject_fields(spec, self.name, ("prompt", "completion", "messages"), "text, text_pair, label")
+        columns = {"text": spec.text or DEFAULT_TEXT, "text_pair": spec.text_pair, "label": label}
+        if fault := shared_column(columns):
+            raise InputError(f"data: {fault}")
         set_padding(tokenizer)
         return spec.model_copy(update={"max_length": fit_length(spec, tokenizer)})
 
@@ -42,7 +49,7 @@ class TextTask(Task):
         return {
             "task": self.name,
             "format": "text",
-            "text": spec.text or "text",
+            "text": spec.text or DEFAULT_TEXT,
             "text_pair": spec.text_pair,
             "label": label,
             "labels": labels,

@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from lorma.errors import InputError
+from lorma.tasks.fingerprint import fingerprints
 from lorma.training.budget import Choice, Counter
 from lorma.training.methods import get_method, method_names
-from lorma.training.recipe import Recipe, apply_override, differences, load_recipe, parse_recipe
+from lorma.training.recipe import Recipe, apply_override, differences, load_recipe, override_key, parse_recipe
 from lorma.training.rundir import RunDirectory
 
 EVERY = "all"
@@ -74,7 +77,9 @@ def compare(
         console: where to say what is going on.
 
     Raises:
-        InputError: before the first run, for a wrong recipe, method or seed, or a finished run of another recipe.
+        InputError: before the first run, for a wrong recipe, method or seed, or a finished run of another recipe or of
+            other data.
+        KeyboardInterrupt: after a SIGTERM, which the run in progress gets as well.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("lorma compare starts its own processes; give the launcher as --launcher 'accelerate launch'")
@@ -88,7 +93,8 @@ def compare(
     choices = {} if budget is None else _choose(recipe, methods, budget, console)
     planned = [_plan(recipe, method, seed, choices.get(method)) for seed in seeds for method in methods]
     result = Comparison(Path(recipe.output))
-    waiting = [run for run in planned if overwrite or not _is_done(run.recipe)]
+    data = fingerprints(recipe.data)
+    waiting = [run for run in planned if overwrite or not _is_done(run.recipe, data)]
     for number, run in enumerate(planned, start=1):
         name = run.path.name
         if run not in waiting:
@@ -96,7 +102,7 @@ def compare(
         else:
             console.print(f"[{number}/{len(planned)}] {name}")
             command = _command(recipe_path, overrides, run, overwrite, launcher)
-            status = subprocess.run(command, check=False).returncode
+            status = _run(command)
             if status == 2:
                 raise InputError(f"{name} was refused (see above); nothing further was started")
             if status != 0:
@@ -163,7 +169,39 @@ def _plan(recipe: Recipe, method: str, seed: int, choice: Choice | None) -> Plan
     return Planned(_changed(recipe, changes), changes)
 
 
-def _is_done(recipe: Recipe) -> bool:
+def _run(command: list[str]) -> int:
+    """The exit code of a command. Whoever terminates this process terminates that one first.
+
+    Raises:
+        KeyboardInterrupt: this process was told to end (SIGTERM), and the command has ended.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    told = False
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        if child is not None:
+            child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        with subprocess.Popen(command) as child:
+            if told:  # while it was being started
+                child.terminate()
+            try:
+                status = child.wait()
+            except BaseException:
+                child.kill()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if told:
+        raise KeyboardInterrupt
+    return status
+
+
+def _is_done(recipe: Recipe, data: dict[str, str]) -> bool:
     run = RunDirectory(recipe.output)
     if not run.finished:
         return False
@@ -172,10 +210,13 @@ def _is_done(recipe: Recipe) -> bool:
         raise InputError(
             f"{run.path} was trained with another {', '.join(changed)}; give --overwrite or another output"
         )
+    run.check_data(data, overwrite=False)
     return True
 
 
 def _command(recipe_path: str, overrides: list[str], run: Planned, overwrite: bool, launcher: str | None) -> list[str]:
     start = shlex.split(launcher) if launcher else [sys.executable]
     further = ["--no-usage", *(["--overwrite"] if overwrite else [])]
-    return [*start, "-m", "lorma", "train", recipe_path, *overrides, *run.changes, *further]
+    changed = [override_key(change) for change in run.changes]
+    kept = [override for override in overrides if override_key(override) not in changed]
+    return [*start, "-m", "lorma", "train", recipe_path, *kept, *run.changes, *further]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorma.errors import InputError, did_you_mean, one_line
+from lorma.errors import InputError, closest, did_you_mean, one_line
+from lorma.tasks.labels import listed
 
 RECIPE_FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
 """Where shipped recipes lie: inside an installed package, or at the root of a source checkout."""
@@ -99,19 +100,32 @@ def find_recipe(path: str | Path) -> Path:
     """A recipe file, or the shipped recipe of that name.
 
     Raises:
-        InputError: there is neither; the shipped names are listed.
+        InputError: there is neither; the shipped names are listed, and the nearest of them and of the files that lie
+            where ``path`` should be.
     """
     given = Path(path).expanduser()
-    if given.is_file():
+    if _is(Path.is_file, str(given)):
         return given
     shipped = {file.name: file for folder in RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
     name = given.name if given.suffix else f"{given.name}.yaml"
     if len(given.parts) <= 2 and name in shipped and (len(given.parts) == 1 or given.parts[0] == "recipes"):
         return shipped[name]
+    if _is(Path.is_dir, str(given)):
+        inside = [str(file) for file in _recipes_in(given)]
+        raise InputError(f"recipe {str(path)!r} is a directory; recipes in it: {listed(inside) if inside else 'none'}")
+    near = {Path(file).stem: file for file in shipped} | {file.stem: str(file) for file in _recipes_in(given.parent)}
+    best = closest(given.stem, near, limit=1)
     raise InputError(
         f"recipe {str(path)!r} is not a file; shipped recipes: {', '.join(shipped) or 'none'}"
-        f"{did_you_mean(name, shipped)}"
+        + "".join(f"; did you mean {near[stem]!r}?" for stem in best)
     )
+
+
+def _recipes_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if file.suffix in (".yaml", ".yml"))
+    except OSError:
+        return []
 
 
 def _is(kind: Callable[[Path], bool], name: str) -> bool:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from lorma.errors import InputError, did_you_mean
 from lorma.tasks import TASKS, DataSpec
+from lorma.tasks.files import read_text
 from lorma.tasks.table import PACKAGED
+from lorma.training.loader import RecipeLoader
 from lorma.training.methods import get_method
 from lorma.training.packaged import ALIASES, find_recipe
 
@@ -22,6 +25,14 @@ class Section(BaseModel):
     """A part of a recipe; unknown keys are errors and values do not change once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
+OrEmpty = BeforeValidator(_empty)
+"""A section without a line, or with all of them commented out, is one that says nothing: its defaults."""
 
 
 class ModelSpec(Section):
@@ -92,7 +103,7 @@ class CompareSpec(Section):
 
     methods: list[str] = Field(default=["lora", "lorma-plus", "lorma-permutation"], min_length=1)
     seeds: list[int] = Field(default=[0], min_length=1)
-    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    learning_rates: Annotated[dict[str, Annotated[float, Field(gt=0)]], OrEmpty] = Field(default={})
 
     @field_validator("methods", "seeds")
     @classmethod
@@ -107,12 +118,12 @@ class Recipe(Section):
     """A training run, fully described. See each section's class for its keys."""
 
     task: str
-    model: ModelSpec
-    data: DataSpec
+    model: Annotated[ModelSpec, OrEmpty]
+    data: Annotated[DataSpec, OrEmpty]
     method: str = "lorma-plus"
-    adapter: AdapterSpec = AdapterSpec()
-    train: TrainSpec = TrainSpec()
-    compare: CompareSpec = CompareSpec()
+    adapter: Annotated[AdapterSpec, OrEmpty] = AdapterSpec()
+    train: Annotated[TrainSpec, OrEmpty] = TrainSpec()
+    compare: Annotated[CompareSpec, OrEmpty] = CompareSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: str = Field(min_length=1)
 
@@ -137,25 +148,6 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """YAML as people write recipes: ``1e-3`` is a number, and only ``true`` and ``false`` are truth values, so that
-    ``no`` and ``on`` can be labels and column names.
-    """
-
-
-BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-RecipeLoader.add_implicit_resolver(BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-RecipeLoader.add_implicit_resolver(
-    FLOAT,
-    re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None, *, many_runs: bool = False) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides.
 
@@ -165,16 +157,23 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, many_ru
     ``lorma compare`` puts its runs.
 
     Raises:
-        InputError: a missing file, broken YAML, an unknown key (with the nearest one) or a value that is not allowed.
+        InputError: a missing file, broken YAML, an unknown key (with the nearest one), a key that is given twice or a
+            value that is not allowed.
     """
     file = find_recipe(path)
+    text = read_text(file, f"recipe '{file}'")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(text, RecipeLoader)
+    except yaml.YAMLError as error:
         raise InputError(f"{file} is not valid YAML: {_one_line(error)}") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold keys and values, found {type(content).__name__}")
-    for override in overrides or []:
+    given = [override_key(override) for override in overrides or []]
+    for override, key in zip(overrides or [], given, strict=True):
+        if given.count(key) > 1:
+            raise InputError(f"override {override!r}: {key!r} is given {given.count(key)} times")
         apply_override(content, override)
     recipe = parse_recipe({"output": f"runs/{file.stem}", **content})
     output = recipe.output
@@ -216,6 +215,11 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
     return [key for key in a if a[key] != b[key]]
 
 
+def override_key(override: str) -> str:
+    """What ``section.key=value`` changes."""
+    return override.partition("=")[0]
+
+
 def apply_override(content: dict[str, Any], override: str) -> None:
     """Change the content of a recipe by ``section.key=value``.
 
@@ -229,10 +233,14 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         value = yaml.load(text, RecipeLoader) if text else None
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: the value is not valid YAML") from None
+    except InputError as error:
+        raise InputError(f"override {override!r}: {error}") from None
     *sections, last = key.split(".")
     place = content
     for section in sections:
-        place = place.setdefault(section, {})
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
         if not isinstance(place, dict):
             raise InputError(f"override {override!r}: {section!r} is not a section")
     place[last] = value
@@ -257,7 +265,16 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key {key!r} is missing from the recipe"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key}={first['input']!r}: {message}" if key and not isinstance(first["input"], BaseModel) else message
+    if first["type"] == "too_short":
+        message = f"at least {first['ctx']['min_length']} must be given"
+    if not key or isinstance(first["input"], BaseModel):
+        return message
+    return f"{key}: {message}" if _is_section(first) else f"{key}={first['input']!r}: {message}"
+
+
+def _is_section(error: ErrorDetails) -> bool:
+    """Whether an error is about how the keys of a section go together."""
+    return error["type"] == "value_error" and isinstance(error["input"], dict)
 
 
 def _keys(place: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from lorma.analysis import loss_auc
 from lorma.analysis.runs import SCHEMA_VERSION
 from lorma.files import META_FILE, write_atomic, write_folder
 from lorma.tasks import Task, get_task
+from lorma.tasks.fingerprint import fingerprints
 from lorma.training.callbacks import ProgressBar, RunRecorder
 from lorma.training.card import training_text
 from lorma.training.memory import peak_memory, reset_peak_memory
@@ -45,6 +46,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     console = console or Console(quiet=not processes().is_main_process, markup=False, highlight=False)
     run, task = RunDirectory(recipe.output), get_task(recipe.task)
     run.check(recipe, overwrite)
+    data = fingerprints(recipe.data)
+    run.check_data(data, overwrite)
     set_seed(recipe.seed)
     reset_peak_memory()
     tokenizer = load_tokenizer(recipe.model)
@@ -55,36 +58,36 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     if recipe.train.gradient_checkpointing:
         base.enable_input_require_grads()
 
-    with processes().main_process_first():
-        if processes().is_main_process:
-            run.open(recipe, overwrite)
-        recorder = RunRecorder(run)
-    checkpoint = run.last_checkpoint()
-    counts = count_parameters(model, recipe.adapter, task.peft_task_type)
-    console.print(
-        f"{recipe.method} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
-        f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
-        f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}"
-    )
-    if checkpoint:
-        console.print(f"  going on from step {run.last_step()}")
-
     bar = ProgressBar(console, recipe.method)
-    trainer = MethodTrainer(
-        method,
-        recipe.train,
-        task,
-        model=model,
-        args=training_arguments(recipe, task, run),
-        train_dataset=prepared.train,
-        eval_dataset=prepared.eval,
-        data_collator=prepared.collator,
-        compute_metrics=prepared.compute_metrics,
-        processing_class=tokenizer,
-        callbacks=[*([method.callback(model)] if method.callback else []), recorder, bar],
-    )
-    trainer.remove_callback(PrinterCallback)
     try:
+        with processes().main_process_first():
+            if processes().is_main_process:
+                run.open(recipe, overwrite, data)
+            recorder = RunRecorder(run)
+        checkpoint = run.last_checkpoint()
+        counts = count_parameters(model, recipe.adapter, task.peft_task_type)
+        console.print(
+            f"{recipe.method} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
+            f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
+            f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}"
+        )
+        if checkpoint:
+            console.print(f"  going on from step {run.last_step()}")
+
+        trainer = MethodTrainer(
+            method,
+            recipe.train,
+            task,
+            model=model,
+            args=training_arguments(recipe, task, run),
+            train_dataset=prepared.train,
+            eval_dataset=prepared.eval,
+            data_collator=prepared.collator,
+            compute_metrics=prepared.compute_metrics,
+            processing_class=tokenizer,
+            callbacks=[*([method.callback(model)] if method.callback else []), recorder, bar],
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         processes().wait_for_everyone()
         if not _evaluations(run, at_step=trainer.state.global_step):

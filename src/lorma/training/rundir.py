@@ -19,7 +19,8 @@ import yaml
 
 from lorma.errors import InputError
 from lorma.files import check_directory, write_atomic
-from lorma.training.recipe import Recipe, RecipeLoader, differences, parse_recipe
+from lorma.training.loader import RecipeLoader
+from lorma.training.recipe import Recipe, differences, parse_recipe
 
 MARKER = "complete"
 KEPT_CHECKPOINTS = 2
@@ -34,6 +35,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
+        self.data_file = self.checkpoints / "data.json"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.lock_file = self.path / ".lock"
@@ -84,28 +86,60 @@ class RunDirectory:
                 "give --overwrite to start anew, or another output"
             )
 
-    def open(self, recipe: Recipe, overwrite: bool) -> None:
-        """Make the directory ready to train ``recipe`` from the start or from its last checkpoint.
+    def changed_data(self, data: dict[str, str]) -> list[str]:
+        """Keys of the sources that are not what they were when this run began; ``data`` holds their fingerprints.
 
-        ``overwrite`` clears a finished run and a run of another recipe; an unfinished run of this recipe goes on, so
-        that an interrupted ``--overwrite`` does. What is cleared goes in an order that leaves either a finished run or
-        an unfinished one without checkpoints at any moment.
+        What is known of one of the two only, as of a run of an earlier version, does not count.
+        """
+        began = self._began_with()
+        return [key for key, fingerprint in data.items() if began.get(key, fingerprint) != fingerprint]
+
+    def check_data(self, data: dict[str, str], overwrite: bool) -> None:
+        """As :meth:`check`, for the content of the data.
 
         Raises:
-            InputError: another process is training here.
+            InputError: a run that began with other data.
+        """
+        changed = [] if overwrite else self.changed_data(data)
+        if changed:
+            raise InputError(
+                f"output={str(self.path)!r}: {' and '.join(changed)} has changed since this run began; "
+                "give --overwrite to start anew, or another output"
+            )
+
+    def open(self, recipe: Recipe, overwrite: bool, data: dict[str, str]) -> None:
+        """Make the directory ready to train ``recipe`` from the start or from its last checkpoint.
+
+        ``overwrite`` clears a finished run and a run of another recipe or other data; an unfinished run of this recipe
+        goes on, so that an interrupted ``--overwrite`` does. What is cleared goes in an order that leaves either a
+        finished run or an unfinished one without checkpoints at any moment.
+
+        Raises:
+            InputError: another process is training here, or has since :meth:`check` left what that refuses.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if overwrite and self.recipe_file.is_file() and (self.finished or not self._holds(recipe)):
+        try:
+            self.check(recipe, overwrite)  # again: another process may have trained here since, and ended
+            self.check_data(data, overwrite)
+            self._make_ready(recipe, overwrite, data)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_ready(self, recipe: Recipe, overwrite: bool, data: dict[str, str]) -> None:
+        goes_on = not self.finished and self._holds(recipe) and not self.changed_data(data)
+        if overwrite and self.recipe_file.is_file() and not goes_on:
             if self.checkpoints.is_dir():
                 os.replace(self.checkpoints, self.path / f".checkpoints.{os.getpid()}.tmp")
             for path in (self.summary_file, self.metrics_file):
                 path.unlink(missing_ok=True)
             for folder in (self.adapter, self.model):
                 shutil.rmtree(folder, ignore_errors=True)
-        write_atomic(self.recipe_file, recipe.to_yaml())
         self.checkpoints.mkdir(exist_ok=True)
-        for left_over in self.path.glob(".*.tmp"):
+        write_atomic(self.data_file, json.dumps(self._began_with() | data, indent=2) + "\n")
+        write_atomic(self.recipe_file, recipe.to_yaml())
+        for left_over in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         for folder in self.checkpoints.glob("checkpoint-*"):
             if not (folder / MARKER).is_file():
@@ -115,9 +149,15 @@ class RunDirectory:
     def close(self) -> None:
         """Let other processes train here."""
         if self._lock is not None:
+            self.lock_file.unlink(missing_ok=True)  # while it is still locked: see _take_lock
             self._lock.close()
-            self.lock_file.unlink(missing_ok=True)
             self._lock = None
+
+    def _began_with(self) -> dict[str, str]:
+        if not self.recipe_file.is_file() or not self.data_file.is_file():
+            return {}
+        known: dict[str, str] = json.loads(self.data_file.read_text(encoding="utf-8"))
+        return known
 
     def _holds(self, recipe: Recipe) -> bool:
         try:
@@ -126,13 +166,24 @@ class RunDirectory:
             return False
 
     def _take_lock(self) -> None:
-        self._lock = self.lock_file.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            self._lock = None
-            raise InputError(f"output={str(self.path)!r} is being trained by another process") from None
+        """Lock ``.lock``, and make sure that it is the file of that name: who held it removes it, and a lock on the
+        removed file keeps nobody out.
+        """
+        while self._lock is None:
+            lock = self.lock_file.open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                raise InputError(f"output={str(self.path)!r} is being trained by another process") from None
+            try:
+                current = os.path.samestat(os.fstat(lock.fileno()), self.lock_file.stat())
+            except FileNotFoundError:
+                current = False
+            if current:
+                self._lock = lock
+            else:
+                lock.close()
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
