@@ -15,7 +15,12 @@ from safetensors.torch import load_file, save_file
         (["adapter.rr=1"], "unknown key 'adapter.rr'"),
         (["method=lorma-minus"], "method='lorma-minus' is unknown"),
         (["adapter.target_modules=[qeury]"], "'qeury' matches no module; closest names: query"),
-        (["adapter.target_modules=qeury"], "Closest names in this model: query"),
+        (["adapter.target_modules=qeury"], "adapter: target_modules='qeury' matches no module of this model"),
+        (["adapter.target_modules=[q]"], "'q' matches no module; closest names: query"),
+        (
+            ["adapter.target_modules=[nope]"],
+            "'nope' matches no module; layers that can be adapted: classifier, dense, key",
+        ),
         (["adapter.modules_to_save=[clasifier]"], "adapter.modules_to_save: 'clasifier' matches no module"),
         (["method=full", "adapter.target_modules=[qeury]"], "'qeury' matches no module"),
         (["adapter.target_modules=[LayerNorm]"], "LayerNorm (LayerNorm) is not supported"),
