@@ -34,9 +34,9 @@ AUTO_CLASSES = {
 NAMELESS = """
 ## On a server
 
-`adapter_config.json` names no base model: only lorma knows `{}` by that name, and servers cannot load it. Export again
-with `--base` and the model that the server loads; the LoRA is then made for its weights. Or let `lorma merge` write
-base and adapter as one ordinary checkpoint.
+`adapter_config.json` names no base model: only lorma knows `{}` by that name, and servers cannot load it. Export the
+adapter again with `--base` and the model that the server loads; the LoRA is then made for its weights. Or let
+`lorma merge` write base and adapter as one ordinary checkpoint.
 """
 HEAD = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")
 """The last layer of a head with one row a label, in the file of an adapter with a trained head."""
