@@ -70,6 +70,15 @@ def test_a_report_is_complete(runs, tmp_path):
     assert len(page.links) == 1
 
 
+def test_recipes_of_one_method_are_called_by_what_differs(write_run, tmp_path):
+    runs = [load_run(write_run(f"run{rate}", "lora", 0, learning_rate=rate)) for rate in (0.1, 0.2)]
+    index = write_report(runs, tmp_path / "report", "Rates")
+    page = Page(index.read_text())
+    for rate in (0.1, 0.2):
+        assert page.text.count(f"lora (train.learning_rate={rate})") == 2
+        assert f"lora (train.learning_rate={rate})" in index.with_name("loss.svg").read_text()
+
+
 def test_names_are_escaped(write_run, tmp_path):
     evil = "<script>alert(1)</script>$x_"
     run = load_run(write_run("run", "<b>m</b>", model=evil, device="<i>", final_metrics={"accuracy": 0.5, "<u>": 1.0}))

@@ -52,7 +52,7 @@ def test_one_seed_gives_no_deviation_and_says_so(table):
     built = table(("lora", 0, {}), ("lorma-plus", 0, {}))
     assert [row.metric_sd for row in built.rows] == [None, None]
     assert any(note.startswith("One seed per method: differences of this size can be chance") for note in built.notes)
-    assert not any("larger of the two" in note for note in built.notes)
+    assert not any("larger of the two" in note or "over seeds" in note for note in built.notes)
 
 
 def test_a_gap_within_the_deviations_is_called_so(table):
@@ -75,7 +75,7 @@ def test_best_is_the_lowest_when_lower_is_better(table):
         for seed in (0, 1)
     ]
     built = table(*specs)
-    assert built.cells()[0][4] == "loss ↓"
+    assert built.cells()[0][1] == "loss ↓"
     assert built.notes[0].startswith("Lower loss is better")
     assert any("lorma-plus, is 0.100 below LoRA in loss: more than" in note for note in built.notes)
 
@@ -169,8 +169,40 @@ def test_one_method_with_two_sizes_is_refused(table):
 
 
 def test_one_method_and_seed_twice_is_refused(table):
-    with pytest.raises(InputError, match="are both method 'lora' with seed 0; a table takes each method and seed once"):
+    with pytest.raises(
+        InputError, match="both method 'lora' with seed 0 and the same settings; a table takes such a run once"
+    ):
         table(("lora", 0, {}), ("lora", 0, {}))
+
+
+def test_recipes_of_one_method_are_rows_called_by_what_differs(write_run):
+    recipe = (
+        "method: lorma-plus\nseed: {}\noutput: {}\ntrain: {{learning_rate: {}, eval_steps: {}}}\nadapter: {{r: {}}}\n"
+    )
+    runs = []
+    for rate, r in ((0.001, 8), (0.0005, 8)):
+        for seed in (0, 1):
+            name = f"{rate}-{seed}"
+            path = write_run(name, "lorma-plus", seed, r=r, learning_rate=rate)
+            (path / "recipe.yaml").write_text(recipe.format(seed, name, rate, seed + 5, r))
+            runs.append(load_run(path))
+    built = build_table([*runs, load_run(write_run("lora", "lora", 0, learning_rate=0.001, r=8))])
+    names = ["lorma-plus (train.learning_rate=0.001)", "lorma-plus (train.learning_rate=0.0005)", "lora"]
+    assert [(row.method, len(row.seeds)) for row in built.rows] == [*((name, 2) for name in names[:2]), ("lora", 1)]
+    assert column(built, "Learning rate") == ["0.001", "0.0005", "0.001"]
+    assert column(built, "AUC vs LoRA")[2] == "baseline"
+    with pytest.raises(InputError, match="0.001-0 and .*0.001-0 are both method 'lorma-plus'"):
+        build_table([runs[0], runs[0]])
+    (runs[0].path / "recipe.yaml").write_text("- no recipe")
+    with pytest.raises(InputError, match="recipe.yaml: must hold keys and values"):
+        load_run(runs[0].path)
+
+
+def test_lora_with_several_settings_is_no_baseline(table):
+    built = table(("lora", 0, {"r": 4}), ("lora", 0, {"r": 8}), ("x", 0, {"r": 8}))
+    assert [row.method for row in built.rows] == ["lora (adapter.r=4)", "lora (adapter.r=8)", "x"]
+    assert not built.has_baseline
+    assert "LoRA is there with several settings, so nothing is compared with it." in built.notes
 
 
 def test_no_runs_are_refused():

@@ -6,6 +6,7 @@ import time
 
 import psutil
 import pytest
+from rich.text import Text
 
 from helpers_cli import cli_process, start_cli
 
@@ -20,7 +21,7 @@ def compared(recipe_file, tmp_path, cli):
     return recipe, tmp_path / "all", result
 
 
-def test_table_report_and_skipping(compared, reviews, cli, tmp_path):
+def test_table_report_and_skipping(compared, reviews, cli, tmp_path, monkeypatch):
     recipe, folder, first = compared
     assert {path.name for path in folder.iterdir()} == {
         "lora-seed0",
@@ -61,8 +62,15 @@ def test_table_report_and_skipping(compared, reviews, cli, tmp_path):
     assert changed.code == 2
     assert "lora-seed0': data.train has changed since this run began" in changed.err
 
-    report = cli("report", folder / "lora-seed0", folder / "lorma-plus-seed1", "-o", tmp_path / "mine")
+    pair = (folder / "lora-seed0", folder / "lorma-plus-seed1")
+    report = cli("report", *pair, "-o", tmp_path / "mine")
     assert report.code == 0
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = [Text.from_ansi(line).plain for line in cli("report", *pair, "-o", tmp_path / "mine").out.splitlines()]
+    notes = shown[next(number for number, line in enumerate(shown) if line.startswith("- ")) : -1]
+    assert len(notes) > 6
+    assert all(line.startswith(("- ", "  ")) for line in notes)
     assert (tmp_path / "mine" / "index.html").is_file()
 
 

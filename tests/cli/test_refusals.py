@@ -1,6 +1,7 @@
 """Bad input: exit code 2, one line, nothing left behind."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -17,7 +18,12 @@ from helpers_cli import cli_as_anybody
         (["adapter.rr=1"], "unknown key 'adapter.rr'"),
         (["method=lorma-minus"], "method='lorma-minus' is unknown"),
         (["adapter.target_modules=[qeury]"], "'qeury' matches no module; closest names: query"),
-        (["adapter.target_modules=qeury"], "Closest names in this model: query"),
+        (["adapter.target_modules=qeury"], "adapter: target_modules='qeury' matches no module of this model"),
+        (["adapter.target_modules=[q]"], "'q' matches no module; closest names: query"),
+        (
+            ["adapter.target_modules=[nope]"],
+            "'nope' matches no module; layers that can be adapted: classifier, dense, key",
+        ),
         (["adapter.modules_to_save=[clasifier]"], "adapter.modules_to_save: 'clasifier' matches no module"),
         (["method=full", "adapter.target_modules=[qeury]"], "'qeury' matches no module"),
         (["adapter.target_modules=[LayerNorm]"], "LayerNorm (LayerNorm) is not supported"),
@@ -282,15 +288,21 @@ def test_click_errors_keep_their_exit_code(cli):
     assert cli("compare", "quickstart", "--seeds", "a,b").code == 2
 
 
-COMMANDS = "train compare predict evaluate report methods export merge compose doctor".split()
+COMMANDS = "train evaluate predict compare report methods merge export compose doctor".split()
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_explains_itself(command, cli):
     shown = cli(*command, "--help")
     assert shown.code == 0
+    assert cli(*command, "-h") == shown
     assert "Usage: lorma" in shown.out
     assert len(shown.out) > 300
+
+
+def test_commands_are_listed_as_they_are_used(cli):
+    shown = cli("--help").out
+    assert re.findall(r"^│ (\w+)  ", shown, re.MULTILINE) == COMMANDS
 
 
 def test_version_and_methods(cli):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import adapted
 from peft import LoraConfig, get_peft_model
+from rich.text import Text
 from safetensors.torch import load_file, save_file
 
-from lorma import TLoraConfig
+from lorma import LormaConfig, TLoraConfig
 from lorma.export.doctor import WIDEST, environment, examine
 from tuners.conftest import Mlp
 
@@ -157,10 +158,29 @@ def test_a_terminal_that_knows_only_ascii(mlp, tmp_path):
     assert done.stdout.rstrip().endswith("healthy")
 
 
+def test_layer_names_are_whole_on_a_narrow_terminal_and_in_a_pipe(tiny_bert, tmp_path, cli, monkeypatch):
+    from transformers import AutoModel
+
+    get_peft_model(AutoModel.from_pretrained(tiny_bert), LormaConfig(target_modules=["query"])).save_pretrained(
+        tmp_path
+    )
+    piped = cli("doctor", tmp_path).out.splitlines()
+    assert "encoder.layer.1.attention.self.query\t8\t8 × 32, 32 × 8\tfloat32\tyes\t1" in piped
+    assert piped[-1] == "healthy"
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = [Text.from_ansi(line).plain.strip() for line in cli("doctor", tmp_path).out.splitlines()]
+    assert "layers  names begin with encoder.layer." in shown
+    (line,) = [line for line in shown if line.startswith("1.attention.self.query ")]
+    assert line.split() == "1.attention.self.query 8 8 × 32, 32 × 8 float32 yes 1".split()
+    assert shown[-1] == "healthy"
+
+
 def test_exit_codes(tmp_path, cli):
     alone = cli("doctor")
     assert alone.code == 0
     assert "transformers" in alone.out
+    assert (", 1 thread used" in alone.out) is (torch.get_num_threads() == 1)
     wrong = cli("doctor", tmp_path / "nothing")
     assert wrong.code == 2
     assert len(wrong.err.strip().splitlines()) == 1

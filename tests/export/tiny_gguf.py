@@ -48,15 +48,24 @@ def to_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight[order]
 
 
-def write_base(path: Path, model: Any, architecture: str) -> None:
-    """A model without a tokenizer, in float32."""
+def write_base(path: Path, model: Any, architecture: str, *, letters: bool = False) -> None:
+    """A model in float32, without a tokenizer or with one whose tokens are letters."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if letters:
+        tokens = ["<pad>", "<s>", "</s>", *"Ġabcdefghijklmnopqrstuvwxyz.,", "th"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([*tokens, *(f"<{i}>" for i in range(len(tokens), config.vocab_size))])
+        writer.add_token_merges(["t h"])
+        writer.add_bos_token_id(config.bos_token_id)
+        writer.add_eos_token_id(config.eos_token_id)
+        writer.add_pad_token_id(config.pad_token_id)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     writer.add_context_length(256)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.text import Text
 from safetensors.torch import load_file
 
 from lorma.errors import InputError
@@ -187,6 +188,18 @@ def test_the_list_of_methods(cli):
     for method in all_methods():
         assert method.name in listed
         assert method.source.split(",")[0] in listed
+    lines = listed.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["method", *method_names()]
+    assert {line.count("\t") for line in lines} == {4}
+
+
+def test_the_list_of_methods_on_a_narrow_terminal(cli, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = [Text.from_ansi(line).plain for line in cli("methods").out.splitlines()]
+    assert max(map(len, shown)) <= 80
+    assert not [line for line in shown if "…" in line]
+    assert set(method_names()) <= {line.split()[0] for line in shown if line.strip()}
 
 
 @pytest.fixture

@@ -95,6 +95,49 @@ def test_the_code_on_the_card_loads_the_adapter(tmp_path):
     torch.testing.assert_close(names["model"].eval()(ids).logits, model(ids).logits)
 
 
+def code_of(card):
+    """The Python on a card."""
+    return [block.split("```")[0] for block in card.read_text().split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("task", ["three classes", "regression"])
+@pytest.mark.parametrize("method", ["lorma-plus", "lora"])
+def test_the_code_on_a_runs_card_has_as_many_outputs(task, method, recipe_file, tmp_path, cli):
+    rows = [
+        f"the {word} film,{value}" for word, value in zip(["great", "dull", "fine"] * 8, [0, 1, 2] * 8, strict=True)
+    ]
+    data = tmp_path / "rows.csv"
+    data.write_text("\n".join(["text,label", *rows]) + "\n")
+    name = "regression" if task == "regression" else "classification"
+    done = cli("train", recipe_file(task=name, data={"train": str(data), "max_length": 8}, method=method))
+    assert done.code == 0, done.err
+    adapter, lora = tmp_path / "run" / "adapter", tmp_path / "lora"
+    blocks = code_of(adapter / "README.md")
+    if method == "lorma-plus":
+        assert cli("export", adapter, "-o", lora).code == 0
+        blocks += code_of(lora / "README.md")
+        assert "import lorma" not in blocks[-1]
+    assert len(blocks) == (3 if method == "lorma-plus" else 1)
+    answers = []
+    for block, folder in zip(blocks, (adapter, adapter, lora), strict=False):
+        names = {}
+        exec(block.replace("THIS_FOLDER", str(folder)).replace("LORA_FOLDER", str(lora)), names)
+        answers.append(names["model"].eval()(torch.arange(5)[None]).logits)
+    assert answers[0].shape == (1, 1 if task == "regression" else 3)
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], rtol=1e-4, atol=1e-5)
+    assert ModelCard.load(adapter / "README.md").data.base_model is None
+
+
+def test_the_card_claims_no_folder_as_the_name_on_the_hub(mlp, tmp_path):
+    for name, claimed in (("organisation/model", True), ("gpt2", True), (str(tmp_path), False), ("/gone/base", False)):
+        config = LormaConfig(target_modules=TARGETS, base_model_name_or_path=name)
+        config.save_pretrained(tmp_path / "adapter")
+        card = ModelCard.load(tmp_path / "adapter" / "README.md")
+        assert card.data.base_model == (name if claimed else None)
+        assert f"from_pretrained({name!r})" in card.text
+
+
 def test_a_run_adds_its_recipe_and_metrics(recipe_file, tmp_path, cli, read_json):
     assert cli("train", recipe_file()).code == 0
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()

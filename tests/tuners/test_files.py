@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -92,11 +93,34 @@ def test_quantised_weights_are_not_merged_silently(mlp):
         layer.merge()
 
 
-def test_targets_that_match_nothing_list_the_closest_names(bert, mlp):
-    with pytest.raises(ValueError, match=r"Target modules \{'qeury'\} not found.*Closest names in this model: query"):
-        get_peft_model(bert, LormaConfig(target_modules=["qeury"]))
-    with pytest.raises(ValueError, match="Closest names in this model: conv, gate, head, up"):
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["qeury"], r"target_modules=['qeury'] matches no module of this model; closest names: query"),
+        (["q"], "target_modules=['q'] matches no module of this model; closest names: query"),
+        (["word"], "; closest names: word_embeddings"),
+        (["type_embed"], "; closest names: token_type_embeddings"),
+        (["nope"], "target_modules=['nope'] matches no module of this model; layers that can be adapted: "),
+        ("query", "target_modules='query' matches no module of this model; a string is a regular expression"),
+        (r".*\.qeury", r"target_modules='.*\\.qeury' matches no module of this model; closest names: query"),
+    ],
+)
+def test_targets_that_match_nothing_are_named_with_what_is_near(targets, message, bert):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        get_peft_model(bert, LormaConfig(target_modules=targets))
+    assert str(error.value).startswith("target_modules=")
+    assert ("closest" in str(error.value)) is (targets != ["nope"])
+    assert "Dropout" not in str(error.value)
+    assert "dropout" not in str(error.value)
+
+
+def test_targets_where_none_is_near_or_another_setting_is_at_fault(bert, mlp):
+    with pytest.raises(
+        ValueError, match=r"\['attention.wq'\] matches no .*; layers that can be adapted: conv, gate, head, up$"
+    ):
         get_peft_model(mlp, LormaConfig(target_modules=["attention.wq"]))
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        get_peft_model(bert, LormaConfig(target_modules=["query"], layers_to_transform=[7]))
     with pytest.raises(ValueError, match="specify `target_modules`"):
         get_peft_model(mlp, LormaConfig())
 

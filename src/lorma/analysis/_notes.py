@@ -20,7 +20,9 @@ def table_notes(runs: Sequence[Run], rows: Sequence[Row], baseline: str) -> list
     notes += _seed_notes(rows)
     if base is not None:
         notes += _gap_note(rows, base, metric, greater)
-    notes += _definitions(base is not None)
+    if base is None and any(run.summary["method"] == baseline for run in runs):
+        notes.append("LoRA is there with several settings, so nothing is compared with it.")
+    notes += _definitions(base is not None, several=any(len(row.seeds) > 1 for row in rows))
     return notes + _caveats(runs, base is not None)
 
 
@@ -54,7 +56,7 @@ def _gap_note(rows: Sequence[Row], base: Row, metric: str, greater: bool) -> lis
     ]
 
 
-def _definitions(has_baseline: bool) -> list[str]:
+def _definitions(has_baseline: bool, several: bool) -> list[str]:
     notes = [
         "Adapter counts the trained parameters of the method itself, Head those of a new task head and of other "
         "modules that are trained whole.",
@@ -67,7 +69,7 @@ def _definitions(has_baseline: bool) -> list[str]:
             "Steps to LoRA's loss is the first step at which the moving mean of the training loss is at or below the "
             "final loss of the LoRA run with the same seed; the window is one twentieth of LoRA's logged points."
         )
-    return [*notes, "Time is the mean over seeds and Peak memory the largest."]
+    return [*notes, *(["Time is the mean over seeds and Peak memory the largest."] if several else [])]
 
 
 def _caveats(runs: Sequence[Run], has_baseline: bool) -> list[str]:
@@ -81,9 +83,10 @@ def _caveats(runs: Sequence[Run], has_baseline: bool) -> list[str]:
     if diverged := [f"{run.method} (seed {run.seed})" for run in runs if run.diverged]:
         notes.append(f"The training loss stopped being a finite number in {show.listing(diverged)}; no area is given.")
     rates = {run.summary.get("learning_rate") for run in runs}
-    if len(rates) > 1:
+    methods = {run.summary["method"] for run in runs}
+    if len(rates) > 1 and len(methods) > 1:
         notes.append("The learning rates differ; part of a difference between methods may be due to that.")
-    if len({run.summary.get("r") for run in runs} - {None}) > 1:
+    if len({run.summary.get("r") for run in runs} - {None}) > 1 and len(methods) > 1:
         notes.append("r means something else for each method (`lorma methods`); compare the parameters.")
     devices = list(dict.fromkeys(str(run.summary.get("device") or "unknown") for run in runs))
     if len(devices) > 1:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lorma.analysis.convergence import default_window, final_loss, smooth
-from lorma.analysis.runs import Run
+from lorma.analysis.runs import Run, tell_apart
 from lorma.analysis.table import BASELINE
 from lorma.errors import InputError
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Curve = dict[int, float]
 
+LONG = 30
+"""Letters from which the name of a method takes a row of the legend to itself."""
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the yellow is left out as too pale on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -41,6 +43,7 @@ def loss_curves(runs: Sequence[Run], out_dir: str | os.PathLike[str], name: str 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    runs = tell_apart(runs)
     drawn = [(run, run.losses[: _finite(run)]) for run in runs if _finite(run)]
     if not drawn:
         raise InputError("no run has a finite training loss to draw")
@@ -112,8 +115,8 @@ def _mark_final_loss(axes: Axes, loss: float) -> None:
 
 
 def _add_legend(axes: Axes, handles: dict[str, Any], summary: dict[str, Any]) -> None:
-    """The methods in rows of four between the title and the axes, where they cover no data."""
-    columns = min(len(handles), 4)
+    """The methods in rows between the title and the axes, where they cover no data: four in one, or one if long."""
+    columns = min(len(handles), 4 if max(map(len, handles)) < LONG else 1)
     legend = axes.legend(
         list(handles.values()),
         list(handles),

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorma.analysis import _format as show
 from lorma.analysis.figures import loss_curves
-from lorma.analysis.runs import Run
+from lorma.analysis.runs import Run, tell_apart
 from lorma.analysis.table import Table, build_table
 from lorma.files import check_directory
 
@@ -66,7 +66,7 @@ def _page(runs: Sequence[Run], table: Table, svg: Path, target: Path, title: str
         figure=base64.b64encode(svg.read_bytes()).decode("ascii"),
         caption=_caption(table),
         metrics=metrics,
-        runs=[_run_entry(run, target, metrics) for run in runs],
+        runs=[_run_entry(run, target, metrics) for run in tell_apart(runs)],
         versions=_distinct(_versions(run) for run in runs),
         devices=_devices(runs),
     )

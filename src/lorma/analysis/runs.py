@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
     "final_metrics": dict,
     "seconds": (int, float),
 }
+_NO_SETTING = {"method", "seed", "output", "train.eval_batch_size", "train.eval_steps", "train.save_steps"}
+"""Keys of a recipe that are told otherwise, or do not change what is trained; nor does its section ``compare``."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Run:
     """One finished run: ``summary.json`` as written, and the curves of ``metrics.jsonl``.
 
     ``steps`` (strictly increasing optimizer steps) and ``losses`` are equally long and never empty. A loss that the
-    run recorded as not finite stays so here.
+    run recorded as not finite stays so here. ``settings`` are the values of its recipe, by keys such as
+    ``train.learning_rate``; ``label`` is what it is called instead of its method, see :func:`tell_apart`.
     """
 
     path: Path
@@ -49,10 +53,12 @@ class Run:
     steps: tuple[int, ...]
     losses: tuple[float, ...]
     evaluations: tuple[Evaluation, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    label: str | None = None
 
     @property
     def method(self) -> str:
-        return str(self.summary["method"])
+        return self.label or str(self.summary["method"])
 
     @property
     def seed(self) -> int:
@@ -86,7 +92,54 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         raise InputError(f"{path}: not a run directory")
     summary = _read_summary(path / "summary.json")
     steps, losses, evaluations = _read_metrics(path / "metrics.jsonl")
-    return Run(path, summary, steps, losses, evaluations)
+    return Run(path, summary, steps, losses, evaluations, _read_settings(path / "recipe.yaml", summary))
+
+
+def tell_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of one method with different recipes called by what differs.
+
+    ``lorma-plus (train.learning_rate=0.001)`` is such a label. A method whose runs differ in nothing but their seeds
+    keeps its name.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(str(run.summary["method"]), []).append(run)
+    different = {
+        method: [
+            key
+            for key in dict.fromkeys(key for run in group for key in run.settings)
+            if any(run.settings.get(key) != group[0].settings.get(key) for run in group)
+        ]
+        for method, group in groups.items()
+    }
+    return [replace(run, label=_label(run, different[str(run.summary["method"])])) for run in runs]
+
+
+def _label(run: Run, keys: Iterable[str]) -> str | None:
+    shown = ", ".join(f"{key}={run.settings.get(key)}" for key in keys)
+    return f"{run.summary['method']} ({shown})" if shown else None
+
+
+def _read_settings(file: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's values by their keys; of a run without a recipe what its summary tells of it."""
+    import yaml
+
+    if not file.is_file():
+        told = {"adapter.r": summary.get("r"), "train.learning_rate": summary.get("learning_rate")}
+        return {key: value for key, value in told.items() if value is not None}
+    try:
+        recipe = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{file}: must hold keys and values")
+    settings: dict[str, Any] = {}
+    for section, values in recipe.items():
+        if section != "compare":
+            settings |= (
+                {f"{section}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
+            )
+    return {key: value for key, value in settings.items() if key not in _NO_SETTING}
 
 
 def _read_summary(file: Path) -> dict[str, Any]:

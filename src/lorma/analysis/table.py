@@ -11,7 +11,7 @@ from typing import Any
 from lorma.analysis import _format as show
 from lorma.analysis._notes import table_notes
 from lorma.analysis.convergence import auc_change, default_window, final_loss, loss_auc, steps_to_reach
-from lorma.analysis.runs import Run
+from lorma.analysis.runs import Run, tell_apart
 from lorma.errors import InputError
 
 BASELINE = "lora"
@@ -21,7 +21,7 @@ SETTINGS = {"r": "r", "learning_rate": "Learning rate"}
 
 @dataclass(frozen=True)
 class Row:
-    """One method over its seeds. Means are over seeds; None where a number does not exist.
+    """One method, or one of its recipes, over its seeds. Means are over seeds; None where a number does not exist.
 
     ``head_parameters`` are those of task heads and other modules that are trained whole; ``r`` is the recipe's
     ``adapter.r`` (None for a method without such a knob).
@@ -66,15 +66,16 @@ class Table:
         return any(row.method == BASELINE for row in self.rows)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows as text for people.
+        """Header and rows as text for people, results first.
 
         The two columns against LoRA are there only when LoRA is, r and the learning rate only where they differ.
         """
         arrow = "↑" if self.greater_is_better else "↓"
-        header = ["Method", "Seeds", *self._own, "Adapter", "Head", f"{self.primary_metric} {arrow}", "Loss AUC ↓"]
+        header = ["Method", f"{self.primary_metric} {arrow}", "Loss AUC ↓"]
         if self.has_baseline:
             header += ["AUC vs LoRA", "Steps to LoRA's loss"]
-        return [*header, "Time", "Peak memory"], [self._cells(row) for row in self.rows]
+        header += ["Seeds", *self._own, "Adapter", "Head", "Time", "Peak memory"]
+        return header, [self._cells(row) for row in self.rows]
 
     @property
     def _own(self) -> list[str]:
@@ -82,18 +83,18 @@ class Table:
         return [SETTINGS[key] for key in SETTINGS if differs(self.rows, key)]
 
     def _cells(self, row: Row) -> list[str]:
-        cells = [
-            row.method,
+        cells = [row.method, show.metric(row.metric_mean, row.metric_sd), show.area(row.loss_auc)]
+        if self.has_baseline:
+            cells += ["baseline" if row.method == BASELINE else show.percent(row.auc_change_percent), _reach_text(row)]
+        return [
+            *cells,
             str(len(row.seeds)),
             *(show.setting(getattr(row, key)) for key in SETTINGS if differs(self.rows, key)),
             show.count(row.adapter_parameters),
             show.count(row.head_parameters),
-            show.metric(row.metric_mean, row.metric_sd),
-            show.area(row.loss_auc),
+            show.seconds(row.seconds),
+            show.memory(row.peak_memory_bytes),
         ]
-        if self.has_baseline:
-            cells += ["baseline" if row.method == BASELINE else show.percent(row.auc_change_percent), _reach_text(row)]
-        return [*cells, show.seconds(row.seconds), show.memory(row.peak_memory_bytes)]
 
     def to_markdown(self) -> str:
         """A pipe table with its notes as a list below."""
@@ -120,17 +121,18 @@ def differs(rows: Iterable[Row], key: str) -> bool:
 
 
 def build_table(runs: Sequence[Run]) -> Table:
-    """Aggregate runs into one row per method, in the order the methods first appear.
+    """Aggregate runs into one row per method and recipe, in the order in which they first appear.
 
     The change of the area against LoRA is the mean of per-seed changes when both methods have the same seeds, else
     the change of the mean areas; it is None when the curves do not span the same steps.
 
     Raises:
-        InputError: no runs; two runs of different task, model or primary metric; one method and seed twice; or one
-            method with different parameter counts, r or learning rates.
+        InputError: no runs; two runs of different task, model or primary metric; one method, seed and recipe twice; or
+            one method and recipe with different parameter counts.
     """
     if not runs:
         raise InputError("runs is empty; a table needs at least one run")
+    runs = tell_apart(runs)
     for run in runs[1:]:
         _check_same(runs[0], run, "task", "model", "primary_metric", "greater_is_better")
     groups: dict[str, list[Run]] = {}
@@ -139,8 +141,8 @@ def build_table(runs: Sequence[Run]) -> Table:
         for other in group:
             if other.seed == run.seed:
                 both = f"{other.path} and {run.path} are both method {run.method!r} with seed {run.seed}"
-                raise InputError(f"{both}; a table takes each method and seed once")
-            _check_same(other, run, "trainable_parameters", "adapter_parameters", *SETTINGS)
+                raise InputError(f"{both} and the same settings; a table takes such a run once")
+            _check_same(other, run, "trainable_parameters", "adapter_parameters")
         group.append(run)
     baseline = groups.get(BASELINE, [])
     rows = tuple(_row(group, baseline) for group in groups.values())

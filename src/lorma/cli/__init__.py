@@ -23,11 +23,12 @@ app = typer.Typer(
     name="lorma",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Fine-tune language models by multiplying their weights (LoRMA), beside LoRA and full fine-tuning.",
     epilog="Exit codes: 0 done; 1 the work failed; 2 the command, recipe or data is wrong.",
 )
-for module in (train, compare, predict, evaluate, report, methods, export, doctor, compose, merge):
+for module in (train, evaluate, predict, compare, report, methods, merge, export, compose, doctor):
     module.register(app)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +54,12 @@ def print_table(console: Console, table: Table) -> None:
         shown = _rich_table(table, [list(column) for column in zip(*lines, strict=True)])
     console.print(shown, soft_wrap=False)
     for note in table.notes:
-        console.print(f"- {note}", soft_wrap=False)
+        if console.is_terminal:
+            hanging = RichTable.grid(padding=(0, 1, 0, 0))
+            hanging.add_row("-", note)
+            console.print(hanging, soft_wrap=False)
+        else:
+            console.print(f"- {note}")
 
 
 def _rich_table(table: Table, lines: list[list[str]]) -> RichTable:
@@ -63,6 +69,26 @@ def _rich_table(table: Table, lines: list[list[str]]) -> RichTable:
     for line in lines[1:]:
         shown.add_row(*line)
     return shown
+
+
+def print_rows(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], prefix: str = "") -> None:
+    """Rows as a table whose first column is never cut or broken; without a terminal, a row a line, parted by tabs.
+
+    Args:
+        prefix: what every first column begins with; the table leaves it out.
+    """
+    if not console.is_terminal:
+        for row in (header, *rows):
+            print("\t".join(row), file=console.file)  # a console would turn tabs into spaces
+        return
+    shown = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    names = [row[0].removeprefix(prefix) for row in rows]
+    shown.add_column(header[0], no_wrap=True, min_width=max(map(len, names), default=1))
+    for name in header[1:]:
+        shown.add_column(name, overflow="fold", min_width=max(map(len, name.split())))
+    for name, row in zip(names, rows, strict=True):
+        shown.add_row(name, *row[1:])
+    console.print(shown, soft_wrap=False)
 
 
 def print_report_place(console: Console, index: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from lorma.cli.common import plain_console, silence_libraries
+from lorma.cli.common import plain_console, print_rows, silence_libraries
 
 
 def register(app: typer.Typer) -> None:
@@ -41,15 +41,17 @@ def doctor(
         ("trained whole", ", ".join(health.others) or "nothing"),
     ):
         console.print(f"{name:>22}  {value}")
-    table = Table()
-    for column in ("layer", "rank", "shapes", "dtype", "finite", "condition"):
-        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+    rows = []
     for layer in health.layers:
         shapes = ", ".join(" × ".join(map(str, shape)) for shape in layer.shapes)
         condition = "—" if layer.condition is None else f"{layer.condition:.3g}"
         rank = "—" if layer.rank is None else str(layer.rank)
-        table.add_row(layer.name, rank, shapes, layer.dtype, "yes" if layer.finite else "NO", condition)
-    console.print(table, soft_wrap=False)
+        rows.append((layer.name, rank, shapes, layer.dtype, "yes" if layer.finite else "NO", condition))
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*(row[0].split(".")[:-1] for row in rows), strict=False))
+    prefix = "".join(f"{level[0]}." for level in levels)
+    if prefix and console.is_terminal:
+        console.print(f"{'layers':>22}  names begin with {prefix}")
+    print_rows(console, ("layer", "rank", "shapes", "dtype", "finite", "condition"), rows, prefix)
     for fault in health.faults:
         console.print(f"broken: {fault}")
     if health.faults:

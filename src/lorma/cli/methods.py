@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import typer
-from rich.table import Table
 
-from lorma.cli.common import plain_console
+from lorma.cli.common import plain_console, print_rows
 
 
 def register(app: typer.Typer) -> None:
@@ -17,9 +16,5 @@ def register(app: typer.Typer) -> None:
 def methods() -> None:
     from lorma.training.methods import all_methods
 
-    table = Table()
-    for column in ("method", "adapted weight", "parameters", "adapter.r is", "source"):
-        table.add_column(column)
-    for method in all_methods():
-        table.add_row(method.name, method.equation, method.parameters, method.knob or "—", method.source)
-    plain_console().print(table, soft_wrap=False)
+    rows = [(m.name, m.equation, m.parameters, m.knob or "—", m.source) for m in all_methods()]
+    print_rows(plain_console(), ("method", "adapted weight", "parameters", "adapter.r is", "source"), rows)

@@ -14,12 +14,14 @@ import struct
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from lorma.errors import InputError, one_line
+from lorma.tuners.card import on_hub
 
 AUTO_MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -76,6 +78,21 @@ class Base:
         if self.revision:
             found["revision"] = self.revision
         return found
+
+
+def served_name(base: Base, recorded: str | None) -> str | None:
+    """The name under which whoever has no lorma loads the base model: on the hub, or a folder.
+
+    Args:
+        recorded: the name in the adapter's configuration.
+
+    Returns: None where only lorma knows the recorded name and it stands for a GGUF file.
+    """
+    if recorded is None or recorded == base.path or on_hub(base.path):
+        return base.path
+    if on_hub(recorded) and "/" in recorded:
+        return recorded
+    return recorded if Path(recorded).is_dir() else None if base.gguf_file else base.path
 
 
 def read_config(base: Base) -> Any:

@@ -194,7 +194,11 @@ def _devices() -> dict[str, str]:
     import psutil
 
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
-    found = {"cpu": f"{psutil.cpu_count(logical=False)} cores, {torch.get_num_threads()} threads used, {memory}"}
+    cores, threads = (
+        f"{count} {name}{'s' * (count != 1)}"
+        for count, name in ((psutil.cpu_count(logical=False), "core"), (torch.get_num_threads(), "thread"))
+    )
+    found = {"cpu": f"{cores}, {threads} used, {memory}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         props = torch.cuda.get_device_properties(index)
         capability = f"{props.major}.{props.minor}"

@@ -22,12 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lorma.errors import InputError
 from lorma.export.adapted import NAME, Adapted, adapted_layers, open_adapter, own_part
-from lorma.export.base import Base
+from lorma.export.base import Base, served_name
 from lorma.export.forms import LoraForm, lora_form
 from lorma.export.output import ADAPTER, REPORT_FILE
 from lorma.export.truncation import Truncation
 from lorma.files import META_FILE, check_output, write_folder
 from lorma.tuners.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_config
+from lorma.tuners.card import About, write_card
 from lorma.tuners.kinds import patterns
 from lorma.tuners.untrusted import copy_json
 
@@ -89,6 +90,9 @@ def export_lora(
     forms = forms_of(adapted, truncation, DTYPES[dtype])
     names = _module_names(adapted.peft_model)
     config, state = _as_peft(adapted.config, forms, names, adapted.others, uniform_rank)
+    recorded, arguments = config.base_model_name_or_path, {"gguf_file": base.gguf_file, "revision": base.revision}
+    config.base_model_name_or_path = served_name(base, recorded)
+    about = About(None if config.base_model_name_or_path else recorded, arguments=arguments)
     reports = [LayerReport(form.path, form.rank, form.error, form.change) for form in forms]
 
     def fill(temporary: Path) -> None:
@@ -104,6 +108,7 @@ def export_lora(
         }
         (temporary / REPORT_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
         copy_json(folder, META_FILE, temporary)
+        write_card(temporary, config, about)
 
     write_folder(output, fill)
     return reports

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorma.errors import InputError
 from lorma.export.adapted import NAME, Adapted, open_adapter, own_name, plain_name
-from lorma.export.base import Base
+from lorma.export.base import Base, served_name
 from lorma.export.output import COPIED, GENERATION_FILE, MODEL, SHARD_FILE, TEMPLATES
 from lorma.export.stream import CODES, write_safetensors
 from lorma.export.verify import check_same, load_adapted_outputs
@@ -243,7 +243,8 @@ def _write_rest(adapted: Adapted, plan: Plan, adapter: Path, folder: Path) -> No
         if model.can_generate() and not (folder / GENERATION_FILE).exists():
             _generation_settings(base).to_json_file(folder / GENERATION_FILE)
     copy_json(adapter, META_FILE, folder)
-    (folder / "README.md").write_text(merged_card(adapted.config), encoding="utf-8")
+    card = merged_card(adapted.config, served_name(base, adapted.config.base_model_name_or_path))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _copy_files(base: Base, folder: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import yaml
 
+from lorma.training.packaged import ALIASES
 from lorma.training.recipe import Recipe
+from lorma.tuners.card import About
 
 
-def training_text(recipe: Recipe, model: str, summary: dict[str, Any]) -> str:
-    """Markdown for the end of a card. The folder may go anywhere: paths of this machine are left out.
+def about_training(recipe: Recipe, model: str, summary: dict[str, Any]) -> About:
+    """What a card says about a run. The folder may go anywhere: paths of this machine are left out of the text.
 
     Args:
         recipe: what was trained.
@@ -23,12 +25,14 @@ def training_text(recipe: Recipe, model: str, summary: dict[str, Any]) -> str:
     content["data"] = {key: _without_folder(value) for key, value in content["data"].items()}
     metrics = "\n".join(f"| {name} | {_shown(value)} |" for name, value in summary["final_metrics"].items())
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
-    return (
+    text = (
         f"\n## Training\n\nTrained with `lorma train` for {summary['steps']} steps on {summary['device']} "
         f"({summary['trainable_parameters']:,} trainable parameters; {versions}).\n\n"
         f"| on the evaluation rows | |\n|---|--:|\n{metrics}\n\nThe recipe:\n\n```yaml\n"
         f"{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}```\n"
     )
+    alias = model if model in ALIASES else None
+    return About(alias, recipe.model.quantization, recipe.model.model_dump(), text)
 
 
 def _without_folder(value: Any) -> Any:

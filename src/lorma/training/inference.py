@@ -18,6 +18,7 @@ from lorma.training.methods.adalora import loss_of_the_task
 from lorma.training.models import load_model, load_tokenizer, locate
 from lorma.training.rundir import RunDirectory
 from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
+from lorma.tuners.card import base_code, predictor_code, use_code
 from lorma.tuners.untrusted import read_json
 
 BATCH = 16
@@ -162,33 +163,16 @@ def usage_lines(run: RunDirectory) -> list[str]:
     """Lines of Python that use the adapter of a finished run, or its whole model."""
     recipe = run.read_recipe()
     if recipe.model.quantization:
-        return [
-            "from lorma.training.inference import load_predictor",
-            f"model = load_predictor({str(run.path)!r}).model",
-        ]
-    task = get_task(recipe.task)
-    whole = run.model.is_dir()
-    meta = read_json(run.model if whole else run.adapter, META_FILE)["data"]
+        return predictor_code(str(run.path))
+    task, arguments = get_task(recipe.task), recipe.model.model_dump(include={"dtype", "trust_remote_code"})
+    if run.model.is_dir():
+        return ["import transformers", f"model = {base_code(task.auto_model, str(run.model), arguments)}"]
     source = locate(recipe.model)
-    arguments = [repr(str(run.model) if whole else source.path)]
-    if source.gguf_file and not whole:
-        arguments.append(f"gguf_file={source.gguf_file!r}")
-    if not isinstance(task, CausalLM) and not whole:
-        arguments.append(f"num_labels={len(meta['labels'] or [0])}")
-    if source.revision and not whole:
-        arguments.append(f"revision={source.revision!r}")
-    if recipe.model.dtype != "float32":
-        arguments.append(f"dtype={recipe.model.dtype!r}")
-    if recipe.model.trust_remote_code:
-        arguments.append("trust_remote_code=True")
-    load = f"transformers.{task.auto_model}.from_pretrained({', '.join(arguments)})"
-    if whole:
-        return ["import transformers", f"model = {load}"]
-    return [
-        "import lorma, peft, transformers",
-        f"base = {load}",
-        f"model = peft.PeftModel.from_pretrained(base, {str(run.adapter)!r})",
-    ]
+    arguments |= {"gguf_file": source.gguf_file, "revision": source.revision}
+    if not isinstance(task, CausalLM):
+        meta = read_json(run.adapter, META_FILE)["data"]
+        arguments["num_labels"] = len(meta["labels"] or [0])
+    return use_code(base_code(task.auto_model, source.path, arguments), str(run.adapter))
 
 
 @reading()

@@ -19,7 +19,7 @@ from lorma.training.methods import Method
 from lorma.training.methods.whole import head_parameters
 from lorma.training.packaged import Source, find_model, install_hint
 from lorma.tuners.quantized import keep_layout
-from lorma.tuners.targets import closest_modules
+from lorma.tuners.targets import near_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -236,7 +236,7 @@ def _check_names(model: PreTrainedModel, key: str, wanted: list[str] | str | Non
     names = [name for name, _ in model.named_modules()]
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise InputError(f"{key}: {target!r} matches no module; closest names: {closest_modules(model, [target])}")
+            raise InputError(f"{key}: {target!r} matches no module; {near_modules(model, [target])}")
 
 
 def _check_trainable(model: PreTrainedModel, wanted: list[str] | None) -> None:

@@ -20,7 +20,7 @@ from lorma.files import META_FILE, write_atomic, write_folder
 from lorma.tasks import Task, get_task
 from lorma.tasks.fingerprint import fingerprints
 from lorma.training.callbacks import ProgressBar, RunRecorder
-from lorma.training.card import training_text
+from lorma.training.card import about_training
 from lorma.training.memory import peak_memory, reset_peak_memory
 from lorma.training.methods import get_method
 from lorma.training.models import attach, count_parameters, load_model, load_tokenizer, locate
@@ -158,7 +158,7 @@ def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, A
             base.name_or_path = base.config._name_or_path = name
             model.peft_config["default"].base_model_name_or_path = name
             model.save_pretrained(folder, save_embedding_layers=False)
-            write_card(folder, model.peft_config["default"], training_text(recipe, name, summary))
+            write_card(folder, model.peft_config["default"], about_training(recipe, name, summary))
         else:
             model.save_pretrained(folder)
             tokenizer: Any = trainer.processing_class
@@ -210,4 +210,5 @@ def _device() -> str:
     if torch.cuda.is_available():
         return f"{processes().num_processes} × {torch.cuda.get_device_name()}"
     count = processes().num_processes
-    return f"cpu, {torch.get_num_threads()} threads" + (f" × {count} processes" if count > 1 else "")
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}" + (f" × {count} processes" if count > 1 else "")

@@ -7,10 +7,15 @@ before; a card that somebody has written is left alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from lorma.tuners.untrusted import read_header
 
 NAME = "README.md"
 EMPTY = "# Model Card for Model ID"
@@ -26,19 +31,49 @@ AUTO_CLASSES = {
 }
 
 
-def write_card(folder: Path, config: Any, training: str = "") -> None:
+NAMELESS = """
+## On a server
+
+`adapter_config.json` names no base model: only lorma knows `{}` by that name, and servers cannot load it. Export the
+adapter again with `--base` and the model that the server loads; the LoRA is then made for its weights. Or let
+`lorma merge` write base and adapter as one ordinary checkpoint.
+"""
+HEAD = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")
+"""The last layer of a head with one row a label, in the file of an adapter with a trained head."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of an adapter beside its configuration.
+
+    Attributes:
+        alias: the name of a base model that only lorma knows by that name.
+        quantization: of the base model (``model.quantization`` of a recipe).
+        arguments: of the base model's ``from_pretrained``; see :func:`base_code`.
+        text: Markdown about how it was trained, for the end of the card.
+    """
+
+    alias: str | None = None
+    quantization: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+def write_card(folder: Path, config: Any, about: About | None = None) -> None:
     """Fill the card of an adapter folder, or write one.
 
     Args:
-        folder: the adapter folder.
+        folder: the adapter folder, with its weights.
         config: the adapter's configuration.
-        training: Markdown about how it was trained, for the end.
+        about: what else is known.
     """
-    path = folder / NAME
-    data: Any = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path or None)
+    about = about or About()
+    path, name = folder / NAME, None if about.alias else config.base_model_name_or_path
+    base = name if on_hub(name) else None
+    data: Any = ModelCardData(library_name="peft", base_model=base)
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
     card = ModelCard(content) if content else ModelCard(f"---\n{data.to_yaml()}\n---\n")
-    body = f"{BEGIN}\n{adapter_text(config)}{training}{END}\n"
+    body = f"{BEGIN}\n{adapter_text(config, about, labels_of(folder, config))}{about.text}{END}\n"
     if not content or EMPTY in card.text:
         versions = card.text.partition("### Framework versions")
         card.text = body + ("\n" + "".join(versions[1:]) if versions[1] else "")
@@ -46,9 +81,44 @@ def write_card(folder: Path, config: Any, training: str = "") -> None:
         card.text = OWN.sub(lambda _: body.rstrip("\n"), card.text)
     else:
         return
-    method = method_of(config)
-    card.data["tags"] = sorted({*(card.data.get("tags") or ()), method.lower(), "lorma"})
+    method, tags = method_of(config), set(card.data.get("tags") or ())
+    card.data["base_model"] = base
+    if base is None:  # PEFT claims whatever name the model has
+        tags = {tag for tag in tags if not tag.startswith("base_model:")}
+    card.data["tags"] = sorted({*tags, method.lower(), "lorma"})
     card.save(path)
+
+
+def on_hub(name: str | None) -> bool:
+    """Whether ``name`` can be a name on the hub: it is no folder here, and does not look like one elsewhere."""
+    return bool(name) and str(name).count("/") <= 1 and str(name)[0] not in "./~" and not Path(str(name)).exists()
+
+
+def labels_of(folder: Path, config: Any) -> int | None:
+    """How many labels the trained head in an adapter folder has; None where there is none."""
+    if not config.modules_to_save or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return None
+    header = read_header(folder, SAFETENSORS_WEIGHTS_NAME)
+    rows = {info.shape[0] for name, info in header.items() if HEAD.search(name) and len(info.shape) == 2}
+    return rows.pop() if len(rows) == 1 else None
+
+
+def base_code(auto_model: str, path: str, arguments: Mapping[str, Any]) -> str:
+    """The expression that loads a base model; arguments that are None or transformers' default are left out."""
+    defaults: dict[str, Any] = {"dtype": "float32", "trust_remote_code": False}
+    keys = ("gguf_file", "num_labels", "revision", "dtype", "trust_remote_code")
+    given = [f"{key}={arguments[key]!r}" for key in keys if arguments.get(key) not in (None, defaults.get(key))]
+    return f"transformers.{auto_model}.from_pretrained({', '.join([repr(path), *given])})"
+
+
+def use_code(base: str, folder: str, imports: str = "lorma, peft, transformers") -> list[str]:
+    """Lines that put the adapter in ``folder`` on the base model that the expression ``base`` loads."""
+    return [f"import {imports}", f"base = {base}", f"model = peft.PeftModel.from_pretrained(base, {folder!r})"]
+
+
+def predictor_code(folder: str) -> list[str]:
+    """Lines that load what `lorma train` has trained where transformers alone cannot load the base model."""
+    return ["from lorma.training.inference import load_predictor", f"model = load_predictor({folder!r}).model"]
 
 
 def method_of(config: Any) -> str:
@@ -87,53 +157,81 @@ def is_lora(config: Any) -> bool:
     return kind == "TLORA" or (kind == "LORMA" and config.inflation == "plus" and not config.use_dora)
 
 
-def adapter_text(config: Any) -> str:
+def adapter_text(config: Any, about: About, labels: int | None) -> str:
     """What the adapter is and how to use it, in Markdown."""
-    base = config.base_model_name_or_path or "the base model"
-    task = str(getattr(config.task_type, "value", config.task_type))
+    base = about.alias or config.base_model_name_or_path or "the base model"
+    shown = f"`{base}`" + f", {about.quantization}" * bool(about.quantization)
     targets = config.target_modules
     names = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
     if len(names) > 300:
         names = f"{names[:300]}…"
     rows = {
-        "base model": f"`{base}`",
+        "base model": f"{shown} (a name of lorma's)" if about.alias else shown,
         "adapted weight": equation_of(config) or method_of(config),
         "rank": rank_of(config),
         "layers": f"`{names}`" if names else "",
         "trained whole": ", ".join(f"`{name}`" for name in sorted(config.modules_to_save or ())),
     }
     table = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items() if value)
-    load = f"transformers.{AUTO_CLASSES.get(task, 'AutoModel')}.from_pretrained({base!r})"
-    if not equation_of(config):
-        without = ""
-    elif is_lora(config):
-        without = (
-            "## Without lorma\n\n"
-            "The same model as plain LoRA, for PEFT without lorma and for servers that read LoRA:\n\n"
-            "```\nlorma export THIS_FOLDER --format lora -o LORA_FOLDER\n```\n\n"
-            f"```python\nimport peft, transformers\n\nbase = {load}\n"
-            'model = peft.PeftModel.from_pretrained(base, "LORA_FOLDER")\n```\n\n'
-            "Or merged into the base model, as an ordinary checkpoint: `lorma merge THIS_FOLDER -o MERGED_FOLDER`.\n"
-        )
+    task = str(getattr(config.task_type, "value", config.task_type))
+    own = {"num_labels": labels, "revision": about.arguments.get("revision") or getattr(config, "revision", None)}
+    load = base_code(AUTO_CLASSES.get(task, "AutoModel"), base, {**about.arguments, **own})
+    if about.alias or about.quantization:
+        use, where = predictor_code("THIS_FOLDER"), "this folder"
     else:
-        without = (
-            "## Without lorma\n\n"
-            "Merged into the base model it is an ordinary checkpoint:\n\n"
-            "```\nlorma merge THIS_FOLDER -o MERGED_FOLDER\n```\n\n"
-            "As plain LoRA it exists only approximately: `lorma export THIS_FOLDER --truncate-energy 0.99 -o FOLDER`.\n"
-        )
+        foreign = type(config).__module__.startswith("peft.")
+        imports = "peft, transformers" if foreign else "lorma, peft, transformers"
+        use, where = use_code(load, "THIS_FOLDER", imports), "this folder, or its name on the hub"
+    without = ""
+    if equation_of(config):
+        without = _without_lorma(config, about, base, load)
+    elif about.alias and not config.base_model_name_or_path:
+        without = NAMELESS.format(base)
     return (
         f"# {method_of(config)} adapter for {base}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n"
-        f"```python\nimport lorma, peft, transformers\n\nbase = {load}\n"
-        'model = peft.PeftModel.from_pretrained(base, "THIS_FOLDER")\n```\n\n'
-        f"`THIS_FOLDER` is this folder, or its name on the hub.\n\n{without}"
+        f"{_python(use)}\n`THIS_FOLDER` is {where}.\n{without}"
     )
 
 
-def merged_card(config: Any) -> str:
-    """The card of a checkpoint into which an adapter is merged."""
+def _without_lorma(config: Any, about: About, base: str, load: str) -> str:
+    """How the adapter is used where lorma is not installed."""
+    file = about.arguments.get("gguf_file")
+    chosen = f" --base {f'{base}/{file}' if file else base}" if about.quantization else ""
+    merge = f"lorma merge THIS_FOLDER{chosen} -o MERGED_FOLDER"
+    if not is_lora(config):
+        return (
+            "\n## Without lorma\n\n"
+            f"Merged into the base model it is an ordinary checkpoint:\n\n```\n{merge}\n```\n\n"
+            "As plain LoRA it exists only approximately: "
+            f"`lorma export THIS_FOLDER{chosen} --truncate-energy 0.99 -o FOLDER`.\n"
+        )
+    if about.alias:
+        python = (
+            f"Only lorma knows `{base}` by that name. For a server, give the same command `--base` and the model that "
+            "the server loads; the LoRA is then made for its weights.\n"
+        )
+    else:
+        python = _python(use_code(load, "LORA_FOLDER", "peft, transformers"))
+    return (
+        "\n## Without lorma\n\nThe same model as plain LoRA, for PEFT without lorma and for servers that read LoRA:\n\n"
+        f"```\nlorma export THIS_FOLDER --format lora{chosen} -o LORA_FOLDER\n```\n\n{python}\n"
+        f"Or merged into the base model, as an ordinary checkpoint: `{merge}`.\n"
+    )
+
+
+def _python(lines: list[str]) -> str:
+    return "\n".join(["```python", lines[0], "", *lines[1:], "```", ""])
+
+
+def merged_card(config: Any, base_name: str | None) -> str:
+    """The card of a checkpoint into which an adapter is merged.
+
+    Args:
+        base_name: the name under which others load the base model; None where there is none.
+    """
     base = config.base_model_name_or_path
-    data: Any = ModelCardData(library_name="transformers", base_model=base or None, tags=["lorma", "merged"])
+    claimed = base_name if on_hub(base_name) else None
+    data: Any = ModelCardData(library_name="transformers", base_model=claimed, tags=["lorma", "merged"])
     task = str(getattr(config.task_type, "value", config.task_type))
     return (
         f"---\n{data.to_yaml()}\n---\n{BEGIN}\n"

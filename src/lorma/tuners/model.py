@@ -20,7 +20,7 @@ from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.originals import MergeReport, remember
 from lorma.tuners.parameter import ParameterWrapper
 from lorma.tuners.quantized import keep_layout, tell_requantization
-from lorma.tuners.targets import closest_modules
+from lorma.tuners.targets import no_match
 
 
 class AdapterModel(BaseTuner):
@@ -38,10 +38,7 @@ class AdapterModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            config: Any = self.peft_config[adapter_name]
-            targets = config.target_modules or ()
-            near = closest_modules(model, [targets] if isinstance(targets, str) else sorted(targets))
-            raise NoMatchingPeftModuleError(f"{error} Closest names in this model: {near}.") from None
+            raise NoMatchingPeftModuleError(no_match(model, self.peft_config[adapter_name], error)) from None
         leave_fast_paths(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from lorma.tuners.lorma.dispatch import KINDS, fused_projection, rank_and_alpha
 from lorma.tuners.lorma.layer import LormaLayer
 from lorma.tuners.lorma.parameter import ParamWrapper
 from lorma.tuners.model import AdapterModel
-from lorma.tuners.targets import closest_modules
+from lorma.tuners.targets import near_modules
 
 
 class LormaModel(AdapterModel):
@@ -30,8 +30,7 @@ class LormaModel(AdapterModel):
             matching = [name for name, _ in model.named_modules() if re.match(rf"(.*\.)?({key})$", name)]
             if not matching:
                 raise ValueError(
-                    f"fused_projections names {key!r}, which this model does not have. Closest names in this model: "
-                    f"{closest_modules(model, [key])}."
+                    f"fused_projections names {key!r}, which this model does not have; {near_modules(model, [key])}"
                 )
 
     def layer_options(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:
