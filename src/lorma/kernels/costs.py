@@ -118,7 +118,7 @@ def together(shape: Shape, rate: Rates, rows: int, adapters: int) -> bool:
     """
     everything, each = (replace(shape, tokens=shape.tokens * rows // parts) for parts in (1, adapters))
     at_once = _transforms(everything, rate) + 2 * rate.element * rows * shape.r * shape.n + 8 * rate.call
-    return at_once <= adapters * (min(costs(each, rate, training=False).values()) + 8 * rate.call)
+    return at_once <= adapters * (min(costs(each, rate, training=False).values()) + 16 * rate.call)
 
 
 def cheapest(shape: Shape, rate: Rates, *, training: bool) -> Way:
