@@ -143,6 +143,19 @@ def test_a_mixed_batch_generates_what_each_adapter_generates(tied):
             assert torch.equal(mixed[row], alone[0])
 
 
+@torch.no_grad()
+def test_a_mixed_batch_of_a_padded_and_an_unpadded_adapter_of_one_rank(mlp):
+    model = adapted(mlp, target_modules=["up", "gate"], r=3)
+    prepare_for_hotswap(model, target_rank=5)
+    model.add_adapter("second", LormaConfig(target_modules=["up", "gate"], r=3))
+    randomise(model, "second", seed=5)
+    x, names = torch.randn(4, 6), ["second", "default", "default", "second"]
+    mixed = model(x, adapter_names=names)
+    for row, name, found in zip(x, names, mixed, strict=True):
+        model.set_adapter(name)
+        assert_close(found, model(row[None])[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_mixed_batch_of_an_encoder_decoder_with_beams():
     torch.manual_seed(0)
     config = T5Config(d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=1, vocab_size=40, decoder_start_token_id=0)

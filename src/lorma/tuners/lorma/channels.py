@@ -69,7 +69,7 @@ class ChannelLayer(CallingLayer, LormaLayer):
         def kind_of(name: str) -> tuple[bool, Inflation, int] | None:
             if not self._is_plain(name, x):
                 return None
-            return self._acts_on_inputs(name), self.inflation[name], self.r[name]
+            return self._acts_on_inputs(name), self.inflation[name], len(self.lorma_A[name])
 
         routes, groups = divide(adapter_names, self.undo, kind_of, x.device)
         for group in groups:
