@@ -140,7 +140,7 @@ def test_another_recipe_does_not_go_on_with_it(recipe, tmp_path):
     assert "holds an unfinished run with another adapter.r" in refused.err
 
 
-def test_other_data_does_not_go_on_with_it(recipe, reviews, tmp_path):
+def test_other_data_does_not_go_on_with_it(recipe, reviews, tmp_path, cli):
     """What it is evaluated on could have been trained on."""
     run, rows = tmp_path / "killed", reviews.read_text()
     process = start_cli("train", recipe, f"output={run}")
@@ -149,17 +149,17 @@ def test_other_data_does_not_go_on_with_it(recipe, reviews, tmp_path):
     process.communicate()
     step = RunDirectory(run).last_step()
     reviews.write_text(rows.replace("great", "fine"))
-    refused = cli_process("train", recipe, f"output={run}")
+    refused = cli("train", recipe, f"output={run}")
     assert refused.code == 2
     assert "data.train has changed since this run began; give --overwrite to start anew" in refused.err
     assert len(refused.err.strip().splitlines()) == 1
     reviews.write_text(rows)
-    went_on = cli_process("train", recipe, f"output={run}")
+    went_on = cli("train", recipe, f"output={run}")
     assert f"going on from step {step}" in went_on.out
 
     (run / "summary.json").unlink()
     reviews.write_text(rows.replace("great", "fine"))
-    anew = cli_process("train", recipe, f"output={run}", "--overwrite")
+    anew = cli("train", recipe, f"output={run}", "--overwrite")
     assert anew.code == 0, anew.err
     assert "going on" not in anew.out
 
