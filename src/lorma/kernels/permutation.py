@@ -57,7 +57,7 @@ def _rotate(o: Operands, _: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _rotate_backward(grad: Tensor, o: Operands, _: Tensor, needs: Sequence[bool]) -> Gradients:
     g = as_rows(grad)
-    total = None if o.bias is None else g.sum(0)
+    total = g.sum(0) if o.bias is not None and (needs[1] or not is_narrow(o.dtype)) else None
     dz = dbias = dA = dB = None
     if needs[0] or needs[1]:
         apart = is_narrow(o.dtype)
