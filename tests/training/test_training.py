@@ -5,8 +5,9 @@ import shlex
 import shutil
 
 import pytest
-import yaml
 from safetensors.torch import load_file
+
+from lorma.yaml_text import load_yaml
 
 METHOD_NAMES = ["full", "lora", "lorma-plus", "lorma-plus-post", "lorma-permutation", "lorma-none"]
 
@@ -67,7 +68,7 @@ def test_metrics_and_recipe_of_a_run(recipe_file, tmp_path, cli):
         assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(entry)
         assert entry["tokens_per_second"] > 0
     assert [entry["step"] for entry in entries if "eval_accuracy" in entry] == [6, 12]
-    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    resolved = load_yaml((tmp_path / "run" / "recipe.yaml").read_text())
     assert resolved["train"]["schedule"] == "linear"
     assert resolved["adapter"] == {
         "r": 2,

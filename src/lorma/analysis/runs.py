@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorma.errors import InputError, reading
+from lorma.yaml_text import load_yaml
 
 SCHEMA_VERSION = 1
 
@@ -122,15 +123,13 @@ def _label(run: Run, keys: Iterable[str]) -> str | None:
 
 def _read_settings(file: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The recipe's values by their keys; of a run without a recipe what its summary tells of it."""
-    import yaml
-
     if not file.is_file():
         told = {"adapter.r": summary.get("r"), "train.learning_rate": summary.get("learning_rate")}
         return {key: value for key, value in told.items() if value is not None}
     try:
-        recipe = yaml.safe_load(file.read_bytes())
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+        recipe = load_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from None
     if not isinstance(recipe, dict):
         raise InputError(f"{file}: must hold keys and values")
     settings: dict[str, Any] = {}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lorma.training.packaged import ALIASES
 from lorma.training.recipe import Recipe
 from lorma.tuners.card import About
+from lorma.yaml_text import dump_yaml
 
 
 def about_training(recipe: Recipe, model: str, summary: dict[str, Any]) -> About:
@@ -29,7 +28,7 @@ def about_training(recipe: Recipe, model: str, summary: dict[str, Any]) -> About
         f"\n## Training\n\nTrained with `lorma train` for {summary['steps']} steps on {summary['device']} "
         f"({summary['trainable_parameters']:,} trainable parameters; {versions}).\n\n"
         f"| on the evaluation rows | |\n|---|--:|\n{metrics}\n\nThe recipe:\n\n```yaml\n"
-        f"{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}```\n"
+        f"{dump_yaml(content)}```\n"
     )
     alias = model if model in ALIASES else None
     return About(alias, recipe.model.quantization, recipe.model.model_dump(), text)

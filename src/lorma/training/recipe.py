@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
@@ -14,9 +13,9 @@ from lorma.errors import InputError, did_you_mean
 from lorma.tasks import TASKS, DataSpec
 from lorma.tasks.files import read_text
 from lorma.tasks.table import PACKAGED
-from lorma.training.loader import RecipeLoader
 from lorma.training.methods import get_method
 from lorma.training.packaged import ALIASES, find_recipe
+from lorma.yaml_text import dump_yaml, load_yaml
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -145,7 +144,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe with every default written out, as ``recipe.yaml`` of a run holds it."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump())
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None, *, many_runs: bool = False) -> Recipe:
@@ -163,9 +162,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, many_ru
     file = find_recipe(path)
     text = read_text(file, f"recipe '{file}'")
     try:
-        content = yaml.load(text, RecipeLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{file} is not valid YAML: {_one_line(error)}") from None
+        content = load_yaml(text)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     if not isinstance(content, dict):
@@ -230,9 +227,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise InputError(f"override {override!r} is not of the form section.key=value")
     try:
-        value = yaml.load(text, RecipeLoader) if text else None
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML") from None
+        value = load_yaml(text) if text else None
     except InputError as error:
         raise InputError(f"override {override!r}: {error}") from None
     *sections, last = key.split(".")
@@ -265,6 +260,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key {key!r} is missing from the recipe"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        message += "; text that reads as a number or a truth value stands in quotes"
     if first["type"] == "too_short":
         message = f"at least {first['ctx']['min_length']} must be given"
     if not key or isinstance(first["input"], BaseModel):
@@ -284,7 +281,3 @@ def _keys(place: list[str]) -> list[str]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return list(model.model_fields)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

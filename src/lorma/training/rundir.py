@@ -15,12 +15,10 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from lorma.errors import InputError
 from lorma.files import check_directory, write_atomic
-from lorma.training.loader import RecipeLoader
 from lorma.training.recipe import Recipe, differences, parse_recipe
+from lorma.yaml_text import load_yaml
 
 MARKER = "complete"
 KEPT_CHECKPOINTS = 2
@@ -55,13 +53,12 @@ class RunDirectory:
         if not self.recipe_file.is_file():
             raise InputError(f"{self.path} is not a run directory: it has no recipe.yaml")
         try:
-            content = yaml.load(self.recipe_file.read_text(encoding="utf-8"), RecipeLoader)
+            content = load_yaml(self.recipe_file.read_text(encoding="utf-8"))
             if not isinstance(content, dict):
                 raise InputError("it must hold keys and values")
             return parse_recipe(content)
-        except (yaml.YAMLError, InputError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{self.recipe_file} was not written by this version of lorma: {reason}") from None
+        except (UnicodeDecodeError, InputError) as error:
+            raise InputError(f"{self.recipe_file} was not written by this version of lorma: {error}") from None
 
     def check(self, recipe: Recipe, overwrite: bool) -> None:
         """Refuse to train ``recipe`` here if that would destroy or mix anything; ``overwrite`` allows it for a run.
