@@ -1,15 +1,21 @@
 """LoRMA and TLoRA: fine-tuning by multiplying frozen weights, or with r × r numbers a layer, as methods of PEFT.
 
-Importing this package makes ``LORMA`` and ``TLORA`` known to PEFT; from there ``get_peft_model``,
-``PeftModel.from_pretrained``, ``model.add_adapter``, the Trainer and TRL take a :class:`LormaConfig` or
-:class:`TLoraConfig` like any other.
+Importing this package makes ``LORMA`` and ``TLORA`` known to PEFT, at once if PEFT is imported already, else as soon as
+it is; from there ``get_peft_model``, ``PeftModel.from_pretrained``, ``model.add_adapter``, the Trainer and TRL take a
+:class:`LormaConfig` or :class:`TLoraConfig` like any other. The import itself costs next to nothing: torch,
+transformers and PEFT are imported when one of the names below is asked for.
 """
 
-from lorma._quiet import without_remarks
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lorma._peft_hook import when_peft_is_imported
 from lorma._version import __version__
 from lorma.errors import InputError
 
-with without_remarks():
+if TYPE_CHECKING:
     from lorma.tuners import (
         LormaConfig,
         LormaModel,
@@ -31,3 +37,19 @@ __all__ = [
     "hotswap_adapter",
     "prepare_for_hotswap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lorma._quiet import without_remarks
+
+    with without_remarks():
+        return getattr(importlib.import_module("lorma.tuners"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+when_peft_is_imported("lorma.tuners")

@@ -1,10 +1,6 @@
-import subprocess
-import sys
-
 import pytest
 from pydantic import ValidationError
 
-import lorma
 from lorma.errors import InputError
 from lorma.tasks import TASKS, DataSpec, get_task
 
@@ -43,17 +39,3 @@ def test_get_task_knows_every_name() -> None:
     assert [get_task(name).name for name in TASKS] == ["classification", "regression", "causal-lm"]
     with pytest.raises(InputError, match=r"task: 'clasification' is unknown; .* did you mean 'classification'\?"):
         get_task("clasification")
-
-
-def test_importing_tasks_alone_is_light() -> None:
-    code = f"""
-import sys, types
-package = types.ModuleType("lorma")
-package.__path__ = {list(lorma.__path__)!r}
-sys.modules["lorma"] = package
-import lorma.tasks
-heavy = ("torch", "transformers", "datasets", "pandas", "pyarrow", "numpy", "sklearn", "scipy")
-print([name for name in heavy if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
