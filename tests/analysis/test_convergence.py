@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorma.analysis import auc_change, default_window, final_loss, loss_auc, smooth, steps_to_reach
+from lorma.analysis import auc_change, default_window, final_loss, has_fallen, loss_auc, smooth, steps_to_reach
 from lorma.errors import InputError
 
 LOSS = st.floats(0, 100)
@@ -129,3 +129,13 @@ def test_steps_to_reach_refuses_a_target_that_is_not_finite():
 @pytest.mark.parametrize(("points", "window"), [(0, 1), (1, 1), (39, 1), (40, 2), (250, 12)])
 def test_default_window(points, window):
     assert default_window(points) == window
+
+
+def test_a_loss_has_fallen_when_noise_does_not_explain_it():
+    noise = [0.02, -0.03, 0.01, 0.0, -0.02, 0.03, -0.01] * 12
+    assert has_fallen([1.0] * 20 + [0.2] * 20)
+    assert has_fallen([0.7 - i / 1000 + e for i, e in enumerate(noise)])
+    assert not has_fallen([0.693 + e for e in noise])
+    assert not has_fallen([0.693 + i / 1000 + e for i, e in enumerate(noise)])
+    assert not has_fallen([0.7])
+    assert not has_fallen([0.5] * 10)

@@ -238,3 +238,59 @@ def test_numbers_for_people():
     assert show.seconds(41.24) == "41.2 s"
     assert (show.memory(700 * 2**20), show.memory(3 * 2**29)) == ("700 MiB", "1.50 GiB")
     assert [show.listing("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+
+
+MAJORITY = {
+    "name": "majority class",
+    "prediction": "entailment",
+    "metrics": {"accuracy": 0.527, "f1": 0.69, "matthews": 0.0},
+}
+
+
+def test_a_collapsed_run_is_seen_beside_the_trivial_baseline(table):
+    told = {"trivial_baseline": MAJORITY, "positive_class": "entailment"}
+    built = table(
+        ("lora", 0, told | {"accuracy": 0.473, "predicted_classes": 1}),
+        ("lora", 1, told | {"accuracy": 0.527, "predicted_classes": 2}),
+        ("lorma-plus", 0, told | {"accuracy": 0.61, "predicted_classes": 2}),
+    )
+    assert built.cells()[1][-1] == ["majority class", "0.527"] + ["—"] * 8
+    assert column(built, "accuracy ↑")[-1] == "0.527"
+    assert built.warnings == (
+        "lora (seed 0) predicts one and the same class for every evaluation row and does not beat the majority class "
+        "in accuracy (0.473 against 0.527).",
+        "lora (seed 1) does not beat the majority class in accuracy (0.527 against 0.527).",
+    )
+    assert "The majority class is what answering 'entailment' for every evaluation row gives." in built.notes
+    assert "f1 is that of the class 'entailment'." in built.notes
+    assert f"**Warning:** {built.warnings[0]}" in built.to_markdown()
+    data = json.loads(json.dumps(built.to_json(), allow_nan=False))
+    assert data["trivial"] == [{"name": "majority class", "prediction": "entailment", "metric": 0.527}]
+    assert len(data["rows"]) == 2
+    assert len(data["warnings"]) == 2
+
+
+def test_a_regression_is_held_against_the_mean_in_its_error_too(table):
+    mean = {"name": "mean label", "prediction": "2.5", "metrics": {"pearson": 0.0, "spearman": 0.0, "mse": 2.0}}
+    told = {"task": "regression", "primary_metric": "pearson", "trivial_baseline": mean}
+    built = table(
+        ("lora", 0, told | {"final_metrics": {"pearson": 0.4, "mse": 2.1}}),
+        ("x", 0, told | {"final_metrics": {"pearson": 0.4, "mse": 1.9}}),
+        ("y", 0, told | {"final_metrics": {"pearson": None, "mse": None}}),
+    )
+    lora, y = built.warnings
+    assert lora == "lora does not beat the mean label in mse (2.100 against 2.000)."
+    assert y.startswith("y does not beat the mean label in pearson (— against 0.000)")
+
+
+def test_runs_that_do_not_record_a_trivial_baseline_are_shown_without(table):
+    built = table(("lora", 0, {"accuracy": 0.1}))
+    assert (built.trivial, built.warnings, len(built.cells()[1])) == ((), (), 1)
+
+
+def test_no_steps_to_a_loss_that_never_fell(table):
+    flat = [0.693 + (0.02, -0.03, 0.01)[i % 3] for i in range(40)]
+    built = table(("lora", 0, {"losses": flat}), ("x", 0, {"losses": halves()}))
+    assert column(built, "Steps to LoRA's loss") == ["—", "—"]
+    assert [(row.steps_to_lora_loss, row.seeds_compared) for row in built.rows] == [(None, 0), (None, 0)]
+    assert any("LoRA's training loss did not fall" in note and "(seed 0)" in note for note in built.notes)

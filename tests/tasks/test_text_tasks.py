@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase
 
 from lorma.errors import InputError
 from lorma.tasks import Classification, DataSpec, Prepared, Regression
-from lorma.tasks.classification import classification_metrics
+from lorma.tasks.classification import classification_metrics, majority_class
 from lorma.tasks.labels import class_order, label_text
-from lorma.tasks.regression import regression_metrics
+from lorma.tasks.regression import mean_label, regression_metrics
 
 Write = Callable[[str, str | bytes], str]
 
@@ -139,6 +139,30 @@ def test_classification_metrics() -> None:
     assert constant == {"accuracy": 1.0, "f1": 0.0, "matthews": 0.0}
     three = classification_metrics(EvalPrediction(predictions=np.eye(3)[[0, 1, 1]], label_ids=np.array([0, 1, 2])))
     assert three["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_what_every_row_alike_reaches() -> None:
+    majority = majority_class([0, 1, 1, 1], ["bad", "good"])
+    assert (majority.name, majority.prediction) == ("majority class", "good")
+    assert majority.metrics == pytest.approx({"accuracy": 0.75, "f1": 6 / 7, "matthews": 0.0})
+    assert majority_class([0, 0, 1], ["bad", "good"]).metrics == pytest.approx(
+        {"accuracy": 2 / 3, "f1": 0.0, "matthews": 0.0}
+    )
+    three = majority_class([2, 2, 0, 1], ["a", "b", "c"])
+    assert three.prediction == "c"
+    assert three.metrics["f1"] == pytest.approx(2 / 3 / 3)
+    mean = mean_label([1.0, 2.0, 6.0])
+    assert (mean.prediction, mean.metrics["pearson"]) == ("3", 0.0)
+    assert mean.metrics["mse"] == pytest.approx((4 + 1 + 9) / 3)
+
+
+def test_how_many_classes_are_predicted(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    made = classify(tokenizer, jsonl(write, ["good", "bad", "good"] * 4))
+    logits = np.eye(2)[[1] * len(made.eval)]
+    found = made.compute_metrics(EvalPrediction(predictions=logits, label_ids=np.array(made.eval["labels"])))
+    assert found["predicted_classes"] == 1
+    assert made.trivial is not None
+    assert made.trivial.metrics.keys() < found.keys()
 
 
 def test_regression_on_movie_reviews(tokenizer: PreTrainedTokenizerBase) -> None:

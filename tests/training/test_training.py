@@ -190,6 +190,26 @@ def test_a_csv_of_pairs_with_commas_and_accents(recipe_file, pairs_csv, tmp_path
     assert "takes two texts, one is given" in needs_two.err
 
 
+def test_a_run_that_learns_nothing_says_so(recipe_file, tmp_path, cli, read_json):
+    """Texts that are all the same leave nothing to learn, whatever the weights."""
+    table = tmp_path / "same.csv"
+    table.write_text("text,label\n" + "the film was good,good\nthe film was good,bad\nthe film was good,good\n" * 10)
+    trained = cli("train", recipe_file(data={"train": str(table), "eval": str(table), "max_length": 16}))
+    assert trained.code == 0, trained.err
+    summary = read_json(tmp_path / "run" / "summary.json")
+    trivial = summary["trivial_baseline"]
+    assert (trivial["name"], trivial["prediction"]) == ("majority class", "good")
+    assert trivial["metrics"] == pytest.approx({"accuracy": 2 / 3, "f1": 0.8, "matthews": 0.0})
+    assert (summary["predicted_classes"], summary["positive_class"]) == (1, "good")
+    assert (summary["train_rows"], summary["eval_rows"]) == (30, 30)
+    assert summary["target_modules"] == ["query", "value"]
+    assert set(summary["final_metrics"]) == {"loss", "accuracy", "f1", "matthews"}
+    assert "majority class ('good' for every row): accuracy 0.667, f1 of 'good' 0.800" in trained.out
+    (warning,) = [line for line in trained.out.splitlines() if line.startswith("Warning: ")]
+    assert "lorma-plus predicts one and the same class for every evaluation row and does not beat" in warning
+    assert cli("evaluate", tmp_path / "run").code == 0
+
+
 def test_regression(recipe_file, tmp_path, cli, read_json):
     table = tmp_path / "scores.tsv"
     table.write_text(
@@ -199,7 +219,10 @@ def test_regression(recipe_file, tmp_path, cli, read_json):
         "train", recipe_file(task="regression", data={"train": str(table), "label": "score", "max_length": 16})
     )
     assert trained.code == 0, trained.err
-    assert {"pearson", "spearman", "mse"} <= set(read_json(tmp_path / "run" / "summary.json")["final_metrics"])
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert {"pearson", "spearman", "mse"} <= set(summary["final_metrics"])
+    assert summary["trivial_baseline"]["name"] == "mean label"
+    assert summary["trivial_baseline"]["metrics"].keys() == {"pearson", "spearman", "mse"}
     float(cli("predict", tmp_path / "run", "--text", "the film was 4").out.split("\t")[0])
 
 

@@ -1,6 +1,14 @@
 """Finished runs in; numbers, tables, figures and one HTML report out. Never trains, never downloads."""
 
-from lorma.analysis.convergence import auc_change, default_window, final_loss, loss_auc, smooth, steps_to_reach
+from lorma.analysis.convergence import (
+    auc_change,
+    default_window,
+    final_loss,
+    has_fallen,
+    loss_auc,
+    smooth,
+    steps_to_reach,
+)
 from lorma.analysis.figures import loss_curves
 from lorma.analysis.report import write_report
 from lorma.analysis.runs import Evaluation, Run, load_run
@@ -15,6 +23,7 @@ __all__ = [
     "build_table",
     "default_window",
     "final_loss",
+    "has_fallen",
     "load_run",
     "loss_auc",
     "loss_curves",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorma.analysis import _format as show
+from lorma.analysis.convergence import has_fallen
 from lorma.analysis.runs import Run
 
 if TYPE_CHECKING:
@@ -22,8 +23,17 @@ def table_notes(runs: Sequence[Run], rows: Sequence[Row], baseline: str) -> list
         notes += _gap_note(rows, base, metric, greater)
     if base is None and any(run.summary["method"] == baseline for run in runs):
         notes.append("LoRA is there with several settings, so nothing is compared with it.")
+    notes += _trivial_notes(runs)
     notes += _definitions(base is not None, several=any(len(row.seeds) > 1 for row in rows))
-    return notes + _caveats(runs, base is not None)
+    return notes + _caveats(runs, baseline if base is not None else None)
+
+
+def _trivial_notes(runs: Sequence[Run]) -> list[str]:
+    """What the trivial baselines are, and whose F1 is given."""
+    known = {(each["name"], each["prediction"]) for run in runs if (each := run.summary.get("trivial_baseline"))}
+    notes = [f"The {name} is what answering {answer!r} for every evaluation row gives." for name, answer in known]
+    classes = {name for run in runs if (name := run.summary.get("positive_class")) is not None}
+    return sorted(notes) + [f"f1 is that of the class {name!r}." for name in sorted(classes)]
 
 
 def _seed_notes(rows: Sequence[Row]) -> list[str]:
@@ -72,8 +82,16 @@ def _definitions(has_baseline: bool, several: bool) -> list[str]:
     return [*notes, *(["Time is the mean over seeds and Peak memory the largest."] if several else [])]
 
 
-def _caveats(runs: Sequence[Run], has_baseline: bool) -> list[str]:
+def _caveats(runs: Sequence[Run], baseline: str | None) -> list[str]:
     notes = []
+    has_baseline = baseline is not None
+    level = [run for run in runs if run.summary["method"] == baseline and not run.diverged]
+    flat = [run for run in level if not has_fallen(run.losses)]
+    if flat:
+        seeds = show.listing([run.seed for run in flat])
+        notes.append(
+            f"LoRA's training loss did not fall by more than its noise (seed {seeds}); steps to it are not given there."
+        )
     spans = {(run.steps[0], run.steps[-1]) for run in runs}
     if len(spans) > 1:
         notes.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from lorma.errors import InputError
 
@@ -70,6 +70,26 @@ def final_loss(losses: Sequence[float], window: int) -> float:
         InputError: as :func:`smooth`.
     """
     return smooth(losses, window)[-1]
+
+
+def has_fallen(losses: Sequence[float]) -> bool:
+    r"""Whether a training loss ends lower than it began by more than its noise explains.
+
+    The mean of the last quarter must lie below that of the first by more than twice the standard error of the
+    difference of two means of ``q`` losses, :math:`2\sigma\sqrt{2/q}`. The variance :math:`\sigma^2` is taken between
+    neighbours, :math:`\tfrac{1}{2}\,\overline{(L_{i+1} - L_i)^2}`, so that a slow fall does not count as noise.
+
+    Raises:
+        InputError: no losses, or a loss that is not finite.
+    """
+    _check_losses(losses)
+    quarter = max(1, len(losses) // 4)
+    jumps = [after - before for before, after in pairwise(losses)]
+    if not jumps:
+        return False
+    noise = math.sqrt(math.fsum(jump * jump for jump in jumps) / len(jumps) / 2)
+    fall = (math.fsum(losses[:quarter]) - math.fsum(losses[-quarter:])) / quarter
+    return fall > 2 * noise * math.sqrt(2 / quarter)
 
 
 def steps_to_reach(steps: Sequence[float], losses: Sequence[float], target: float, window: int) -> float | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from lorma.analysis import _format as show
 from lorma.analysis._notes import table_notes
-from lorma.analysis.convergence import auc_change, default_window, final_loss, loss_auc, steps_to_reach
+from lorma.analysis.convergence import auc_change, default_window, final_loss, has_fallen, loss_auc, steps_to_reach
 from lorma.analysis.runs import Run, tell_apart
+from lorma.analysis.trivial import warnings_of
 from lorma.errors import InputError
 
 BASELINE = "lora"
@@ -27,7 +28,8 @@ class Row:
     ``adapter.r`` (None for a method without such a knob).
     ``metric_sd`` is the sample standard deviation (two seeds or more). ``loss_auc`` is in loss × steps and
     ``auc_change_percent`` is against LoRA over the same steps. ``steps_to_lora_loss`` is the mean over the
-    ``seeds_reached`` of ``seeds_compared`` seeds that reached the final loss of the LoRA run with their seed.
+    ``seeds_reached`` of ``seeds_compared`` seeds that reached the final loss of the LoRA run with their seed; runs
+    whose LoRA run diverged or never got below its first losses are not compared.
     ``peak_memory_bytes`` is the largest over the seeds.
     """
 
@@ -50,8 +52,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Trivial:
+    """A trivial baseline: its name, the one answer it gives, and its primary metric."""
+
+    name: str
+    prediction: str
+    metric: float
+
+
+@dataclass(frozen=True)
 class Table:
-    """A comparison of methods on one task, model and primary metric."""
+    """A comparison of methods on one task, model and primary metric.
+
+    ``trivial`` is what the evaluation rows give away (several where runs were evaluated on different rows, none where
+    the runs do not tell), and ``warnings`` names the runs that learned no more than that.
+    """
 
     task: str
     model: str
@@ -59,6 +74,8 @@ class Table:
     greater_is_better: bool
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    trivial: tuple[Trivial, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def has_baseline(self) -> bool:
@@ -75,7 +92,11 @@ class Table:
         if self.has_baseline:
             header += ["AUC vs LoRA", "Steps to LoRA's loss"]
         header += ["Seeds", *self._own, "Adapter", "Head", "Time", "Peak memory"]
-        return header, [self._cells(row) for row in self.rows]
+        beaten = [[each.name, show.metric(each.metric)] for each in self.trivial]
+        return header, [
+            *(self._cells(row) for row in self.rows),
+            *(line + [show.MISSING] * (len(header) - len(line)) for line in beaten),
+        ]
 
     @property
     def _own(self) -> list[str]:
@@ -108,7 +129,8 @@ class Table:
         ]
         lines.insert(1, rule)
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{text}\n\n" + "".join(f"- {note}\n" for note in self.notes)
+        warnings = "".join(f"**Warning:** {warning}\n\n" for warning in self.warnings)
+        return f"{text}\n\n{warnings}" + "".join(f"- {note}\n" for note in self.notes)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict of raw numbers (units as in :class:`Row`), None where a number does not exist."""
@@ -149,8 +171,33 @@ def build_table(runs: Sequence[Run]) -> Table:
     summary = runs[0].summary
     notes = table_notes(runs, rows, BASELINE)
     return Table(
-        summary["task"], summary["model"], summary["primary_metric"], summary["greater_is_better"], rows, tuple(notes)
+        task=summary["task"],
+        model=summary["model"],
+        primary_metric=summary["primary_metric"],
+        greater_is_better=summary["greater_is_better"],
+        rows=rows,
+        notes=tuple(notes),
+        trivial=_trivial(runs),
+        warnings=tuple(_warnings(groups.values())),
     )
+
+
+def _trivial(runs: Sequence[Run]) -> tuple[Trivial, ...]:
+    found = {}
+    for run in runs:
+        known = run.summary.get("trivial_baseline")
+        if known and (value := known["metrics"].get(run.summary["primary_metric"])) is not None:
+            trivial = Trivial(known["name"], known["prediction"], value)
+            found[trivial] = trivial
+    return tuple(found)
+
+
+def _warnings(groups: Iterable[list[Run]]) -> Iterable[str]:
+    for group in groups:
+        for run in group:
+            which = run.method if len(group) == 1 else f"{run.method} (seed {run.seed})"
+            if found := warnings_of(run.summary):
+                yield f"{which} {' and '.join(found)}."
 
 
 def _check_same(first: Run, second: Run, *keys: str) -> None:
@@ -167,7 +214,7 @@ def _row(group: list[Run], baseline: list[Run]) -> Row:
     metrics = [run.primary for run in group]
     seeds_by_baseline = {run.seed: run for run in baseline}
     pairs = [(run, seeds_by_baseline[run.seed]) for run in group if run.seed in seeds_by_baseline]
-    compared = [(run, base) for run, base in pairs if not base.diverged]
+    compared = [(run, base) for run, base in pairs if not base.diverged and has_fallen(base.losses)]
     reached = [step for run, base in compared if (step := _reach(run, base)) is not None]
     memory = [value for run in group if (value := run.summary.get("peak_memory_bytes")) is not None]
     return Row(

@@ -53,13 +53,13 @@ def print_table(console: Console, table: Table) -> None:
     if Console(width=1000).measure(shown).maximum > console.width:
         shown = _rich_table(table, [list(column) for column in zip(*lines, strict=True)])
     console.print(shown, soft_wrap=False)
-    for note in table.notes:
+    for mark, note in [*(("Warning:", warning) for warning in table.warnings), *(("-", note) for note in table.notes)]:
         if console.is_terminal:
             hanging = RichTable.grid(padding=(0, 1, 0, 0))
-            hanging.add_row("-", note)
+            hanging.add_row(mark, note)
             console.print(hanging, soft_wrap=False)
         else:
-            console.print(f"- {note}")
+            console.print(f"{mark} {note}")
 
 
 def _rich_table(table: Table, lines: list[list[str]]) -> RichTable:

@@ -22,6 +22,21 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class TrivialBaseline:
+    """What is reached without reading the texts: the one answer that does best on the evaluation rows.
+
+    Attributes:
+        name: what tables call it.
+        prediction: the answer.
+        metrics: of this answer for every evaluation row, by the names that ``compute_metrics`` gives them.
+    """
+
+    name: str
+    prediction: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Everything the Trainer needs from a task.
 
@@ -32,6 +47,7 @@ class Prepared:
         compute_metrics: Trainer's metric function, or ``None`` where the evaluation loss is the metric.
         model_kwargs: arguments for ``from_pretrained``.
         meta: JSON-serialisable; kept beside the adapter, it is all that prediction needs to know about the data.
+        trivial: what a trained model has to beat, or ``None`` where there is no such answer.
     """
 
     train: Dataset
@@ -40,6 +56,7 @@ class Prepared:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
     model_kwargs: dict[str, Any]
     meta: Meta
+    trivial: TrivialBaseline | None = None
 
 
 class Task(ABC):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError, did_you_mean
-from lorma.tasks.base import Meta, Prepared
+from lorma.tasks.base import Meta, Prepared, TrivialBaseline
 from lorma.tasks.labels import class_order, label_text, listed
 from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import Rows, Splits, load_splits
 from lorma.tasks.text_input import TextTask
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
@@ -38,7 +40,8 @@ class Classification(TextTask):
         meta = self._meta(spec, column, classes)
         train = self._tokenised(splits.train, _class_indices(splits.train, column, classes), meta, tokenizer)
         held = self._tokenised(splits.eval, _class_indices(splits.eval, column, classes), meta, tokenizer)
-        return self._prepared(train, held, meta, tokenizer, classification_metrics)
+        trivial = majority_class(held["labels"], classes)
+        return self._prepared(train, held, meta, tokenizer, evaluation_metrics, trivial)
 
     def model_kwargs(self, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """``num_labels``, ``id2label``, ``label2id``, ``problem_type`` and ``pad_token_id``."""
@@ -68,7 +71,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    truth, guess = np.asarray(prediction.label_ids), np.asarray(logits).argmax(-1)
+    truth, guess = np.asarray(prediction.label_ids), _predicted(prediction)
     average = "binary" if np.shape(logits)[-1] == 2 else "macro"
     one_class = np.unique(np.concatenate([truth, guess])).size < 2
     return {
@@ -76,6 +79,30 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "f1": float(f1_score(truth, guess, average=average, zero_division=0)),
         "matthews": 0.0 if one_class else float(matthews_corrcoef(truth, guess)),
     }
+
+
+def evaluation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """:func:`classification_metrics`, and ``predicted_classes``: how many different classes were predicted."""
+    return classification_metrics(prediction) | {"predicted_classes": len(set(_predicted(prediction).tolist()))}
+
+
+def majority_class(labels: Sequence[int], classes: Sequence[str]) -> TrivialBaseline:
+    """The most frequent class of ``labels``, indices into ``classes``, as the answer for every row."""
+    import numpy as np
+    from transformers import EvalPrediction
+
+    counts = np.bincount(labels, minlength=len(classes))
+    best = int(counts.argmax())
+    logits = np.tile(np.eye(len(classes))[best], (len(labels), 1))
+    metrics = classification_metrics(EvalPrediction(predictions=logits, label_ids=np.asarray(labels)))
+    return TrivialBaseline("majority class", classes[best], metrics)
+
+
+def _predicted(prediction: EvalPrediction) -> np.ndarray:
+    import numpy as np
+
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return np.asarray(logits).argmax(-1)
 
 
 def _labels(rows: Rows, column: str) -> list[str | None]:

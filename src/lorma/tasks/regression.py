@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
-from lorma.tasks.base import Meta, Prepared
+from lorma.tasks.base import Meta, Prepared, TrivialBaseline
 from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import PACKAGED, Rows, load_splits
 from lorma.tasks.text_input import TextTask
@@ -38,7 +39,7 @@ class Regression(TextTask):
         meta = self._meta(spec, column, None)
         train = self._tokenised(splits.train, _numbers(splits.train, column), meta, tokenizer)
         held = self._tokenised(splits.eval, _numbers(splits.eval, column), meta, tokenizer)
-        return self._prepared(train, held, meta, tokenizer, regression_metrics)
+        return self._prepared(train, held, meta, tokenizer, regression_metrics, mean_label(held["labels"]))
 
     def model_kwargs(self, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """``num_labels=1``, ``problem_type`` and ``pad_token_id``."""
@@ -66,6 +67,17 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "spearman": _correlation(rankdata(guess), rankdata(truth)) if defined else 0.0,
         "mse": float(np.square(guess - truth).mean()),
     }
+
+
+def mean_label(labels: Sequence[float]) -> TrivialBaseline:
+    """The mean of ``labels``, of all constants the one with the smallest ``mse``, as the answer for every row."""
+    import numpy as np
+    from transformers import EvalPrediction
+
+    truth = np.asarray(labels, dtype=np.float64)
+    constant = np.full_like(truth, truth.mean())
+    metrics = regression_metrics(EvalPrediction(predictions=constant, label_ids=truth))
+    return TrivialBaseline("mean label", f"{truth.mean():.4g}", metrics)
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
-from lorma.tasks.base import Meta, Prepared, Row, Task, fit_length, reject_fields, set_padding, tokenise
+from lorma.tasks.base import (
+    Meta,
+    Prepared,
+    Row,
+    Task,
+    TrivialBaseline,
+    fit_length,
+    reject_fields,
+    set_padding,
+    tokenise,
+)
 from lorma.tasks.spec import DataSpec, shared_column
 from lorma.tasks.table import Rows
 
@@ -68,13 +78,19 @@ class TextTask(Task):
         )
 
     def _prepared(
-        self, train: Dataset, held: Dataset, meta: Meta, tokenizer: PreTrainedTokenizerBase, metrics: Any
+        self,
+        train: Dataset,
+        held: Dataset,
+        meta: Meta,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: Any,
+        trivial: TrivialBaseline,
     ) -> Prepared:
         from transformers import DataCollatorWithPadding
 
         meta = {**meta, "train_rows": len(train), "eval_rows": len(held)}
         collator = DataCollatorWithPadding(tokenizer)
-        return Prepared(train, held, collator, metrics, self.model_kwargs(meta, tokenizer), meta)
+        return Prepared(train, held, collator, metrics, self.model_kwargs(meta, tokenizer), meta, trivial)
 
 
 def cell_text(row: Row, column: str) -> str:

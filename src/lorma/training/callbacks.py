@@ -121,7 +121,10 @@ class ProgressBar(TrainerCallback):
         logs = logs or {}
         self.loss = logs.get("loss", self.loss)
         self.bar.update(self.task, completed=state.global_step, loss=self.loss)
-        shown = [f"{key.removeprefix('eval_')} {value:.4f}" for key, value in evaluation_metrics(logs).items()]
+        shown = [
+            f"{key.removeprefix('eval_')} {value if isinstance(value, int) else format(value, '.4f')}"
+            for key, value in evaluation_metrics(logs).items()
+        ]
         if shown:
             self.console.print(f"  step {state.global_step}: evaluation {', '.join(shown)}")
         elif "loss" in logs and not self.console.is_terminal and state.global_step % max(1, state.max_steps // 10) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from lorma._version import __version__
+from lorma.analysis import _format as show
 from lorma.analysis import loss_auc
 from lorma.analysis.runs import SCHEMA_VERSION
+from lorma.analysis.trivial import metric_names, warnings_of
 from lorma.files import META_FILE, write_atomic, write_folder
-from lorma.tasks import Task, get_task
+from lorma.tasks import Prepared, Task, get_task
 from lorma.tasks.fingerprint import fingerprints
 from lorma.training.callbacks import ProgressBar, RunRecorder
 from lorma.training.card import about_training
@@ -93,9 +96,11 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         if not _evaluations(run, at_step=trainer.state.global_step):
             trainer.evaluate()
         if processes().is_main_process:
-            summary = _summary(recipe, task, run, recorder, counts)
+            summary = _summary(recipe, task, run, recorder, counts, prepared, adapted_modules(model))
             _save(trainer, recipe, run, prepared.meta, summary)
             write_atomic(run.summary_file, json.dumps(summary, indent=2) + "\n")
+            for line in closing_lines(summary):
+                console.print(line)
     finally:
         bar.close()
         run.close()
@@ -171,11 +176,19 @@ def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, A
 
 
 def _summary(
-    recipe: Recipe, task: Task, run: RunDirectory, recorder: RunRecorder, counts: dict[str, int]
+    recipe: Recipe,
+    task: Task,
+    run: RunDirectory,
+    recorder: RunRecorder,
+    counts: dict[str, int],
+    prepared: Prepared,
+    targets: list[str] | str | None,
 ) -> dict[str, Any]:
     entries = run.metrics()
     points = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     evaluations = _evaluations(run)
+    predicted_classes = [metrics.pop("predicted_classes", None) for metrics in evaluations]
+    classes = prepared.meta["labels"] or []
     defined = [metrics for metrics in evaluations if metrics[task.primary_metric] is not None]
     choose = max if task.greater_is_better else min
     best = choose(defined, key=lambda metrics: metrics[task.primary_metric], default=evaluations[-1])
@@ -195,6 +208,12 @@ def _summary(
         "greater_is_better": task.greater_is_better,
         "final_metrics": evaluations[-1],
         "best_metrics": best,
+        "predicted_classes": predicted_classes[-1],
+        "positive_class": classes[1] if len(classes) == 2 else None,
+        "trivial_baseline": None if prepared.trivial is None else asdict(prepared.trivial),
+        "target_modules": targets,
+        "train_rows": len(prepared.train),
+        "eval_rows": len(prepared.eval),
         "seconds": recorder.seconds,
         "peak_memory_bytes": peak_memory(),
         "versions": {
@@ -204,6 +223,26 @@ def _summary(
         },
         "device": _device(),
     }
+
+
+def adapted_modules(model: Any) -> list[str] | str | None:
+    """``target_modules`` as PEFT settled them: names, or a regular expression; None for a model that trains whole."""
+    targets = getattr(getattr(model, "peft_config", {}).get("default"), "target_modules", None)
+    return sorted(targets) if isinstance(targets, (set, list, tuple)) else targets
+
+
+def closing_lines(summary: dict[str, Any]) -> list[str]:
+    """What a run ended with, what the trivial baseline reaches, and what is wrong with the run if something is."""
+    names, trivial = metric_names(summary), summary["trivial_baseline"]
+
+    def listed(metrics: dict[str, float | None]) -> str:
+        return ", ".join(f"{names[name]} {show.metric(metrics[name])}" for name in names if name in metrics)
+
+    lines = [f"  {summary['eval_rows']:,} evaluation rows: {listed(summary['final_metrics'])}"]
+    if trivial is not None:
+        lines.append(f"  {trivial['name']} ({trivial['prediction']!r} for every row): {listed(trivial['metrics'])}")
+    found = warnings_of(summary)
+    return lines + ([f"Warning: {summary['method']} {' and '.join(found)}."] if found else [])
 
 
 def _device() -> str:
