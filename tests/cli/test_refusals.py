@@ -1,8 +1,12 @@
 """Bad input: exit code 2, one line, nothing left behind."""
 
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -315,3 +319,62 @@ def test_debug_shows_the_traceback(recipe_file, cli, monkeypatch):
 
     with pytest.raises(InputError, match="adapter.r=0"):
         cli("train", recipe_file(), "adapter.r=0", "--debug")
+
+
+def test_a_base_in_pytorchs_format_is_refused_with_the_command_that_converts_it(recipe_file, tiny_bert, tmp_path, cli):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    base = tmp_path / "a base's folder"
+    shutil.copytree(tiny_bert, base)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    model.save_pretrained(base)
+    adapter = tmp_path / "run" / "adapter"
+    assert cli("train", recipe_file(model={"name": str(base)})).code == 0
+    (base / "model.safetensors").unlink()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    shutil.rmtree(tmp_path / "again", ignore_errors=True)
+    commands = [
+        ["train", recipe_file(model={"name": str(base)}, output=str(tmp_path / "again"))],
+        ["predict", adapter, "--text", "a film"],
+        ["export", adapter, "-o", tmp_path / "lora"],
+        ["merge", adapter, "-o", tmp_path / "merged"],
+    ]
+    hints = set()
+    for command in commands:
+        done = cli(*command)
+        assert done.code == 2
+        assert "has pytorch_model.bin and no safetensors; a pickle is never read here" in done.err
+        assert done.err.count("\n") == 1
+        hints.add(done.err.strip().partition("convert it: ")[2])
+    (hint,) = hints
+    python, *arguments = shlex.split(hint)
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=os.environ)
+    assert load_file(base / "model.safetensors").keys() == model.state_dict().keys() - {
+        "bert.embeddings.position_ids",
+        "bert.embeddings.token_type_ids",
+    }
+    for command in commands:
+        done = cli(*command)
+        assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_how_a_hub_model_in_pytorchs_format_is_converted(revision, tmp_path, monkeypatch):
+    """The hub's cache holds a ``.bin``; no network is asked."""
+    from lorma.tuners.pickled import conversion_hint
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--model"
+    for name, content in (("config.json", '{"architectures": ["BertModel"]}'), ("pytorch_model.bin", "")):
+        path = repository / "snapshots" / "1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (repository / "refs").mkdir()
+    (repository / "refs" / (revision or "main")).write_text("1")
+    hint = conversion_hint("someone/model", revision)
+    assert "BertModel.from_pretrained(" in hint
+    assert ("revision=" in hint) is (revision is not None)
+    assert hint.endswith("and name the folder model")

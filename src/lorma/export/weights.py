@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorma.errors import InputError, one_line
 from lorma.export.base import Base
+from lorma.tuners.pickled import conversion_hint
 from lorma.tuners.untrusted import DTYPES, TensorInfo
 
 SINGLE_FILE = "model.safetensors"
@@ -191,9 +192,9 @@ def _find_shards(base: Base) -> dict[str, str]:
             raise InputError(f"{path} is truncated or not a safetensors file ({one_line(error)})") from None
     index = base_file(base, INDEX_FILE, optional=True)
     if index is None:
-        raise InputError(
-            f"base model {base.path!r} has no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors are read"
-        )
+        reason = f"it has no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors are read"
+        hint = conversion_hint(base.path, base.revision)
+        raise InputError(f"base model {base.path!r} cannot be read: {hint or reason}")
     try:
         shards = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -18,6 +18,7 @@ from lorma.errors import InputError
 from lorma.training.methods import Method
 from lorma.training.methods.whole import head_parameters
 from lorma.training.packaged import Source, find_model, install_hint
+from lorma.tuners.pickled import conversion_hint
 from lorma.tuners.quantized import keep_layout
 from lorma.tuners.targets import near_modules
 
@@ -176,10 +177,9 @@ def _load(auto: Any, spec: ModelSpec, kwargs: dict[str, Any]) -> Any:
         with _without_bars() if source.gguf_file else nullcontext():
             return auto.from_pretrained(source.path, trust_remote_code=spec.trust_remote_code, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"model.name={spec.name!r} cannot be loaded: {reason[:300]}{install_hint(spec.name)}"
-        ) from error
+        hint = conversion_hint(source.path, source.revision) if "use_safetensors" in kwargs else ""
+        reason = hint or " ".join(str(error).split())[:300]
+        raise InputError(f"model.name={spec.name!r} cannot be loaded: {reason}{install_hint(spec.name)}") from error
 
 
 @contextmanager
