@@ -1,15 +1,18 @@
 """Adapter files for llama.cpp: what they hold, and that llama.cpp makes of them what transformers does."""
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
 from export_cases import filled, logits
+from safetensors.torch import load_file
 
 from lorma import InputError, LormaConfig, TLoraConfig
 from lorma.export import Base, Truncation, export_gguf, export_lora
 from lorma.export.gguf import ARCHITECTURES, pair_rotary_rows
 from lorma.export.merge import merge
+from lorma.tuners.adapter_file import WEIGHTS_NAME
 
 gguf = pytest.importorskip("gguf")
 from tiny_gguf import answers, tiny, to_pairs, write_base  # noqa: E402
@@ -114,6 +117,33 @@ def test_what_such_a_file_cannot_hold_is_refused(kind, config, reason, made, tmp
         export_gguf(adapter, tmp_path / "a.gguf", base=Base(str(folder)))
     assert list(tmp_path.glob("*.gguf")) == []
     assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"], ids=["apart", "tied"])
+def test_unchanged_copies_of_resized_embeddings_are_left_out(kind, tmp_path):
+    """PEFT writes both embeddings of a resized model into the adapter's file; nobody has trained them."""
+    original = tiny(kind)
+    original.save_pretrained(tmp_path / "original")
+    resized = type(original).from_pretrained(tmp_path / "original")
+    resized.resize_token_embeddings(72, mean_resizing=False)
+    resized.save_pretrained(tmp_path / "resized")
+    adapted = filled(resized, LormaConfig(r=2, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
+        adapted.save_pretrained(tmp_path / "adapter")
+    assert any(name.endswith("embed_tokens.weight") for name in load_file(tmp_path / "adapter" / WEIGHTS_NAME))
+    base, name = Base(str(tmp_path / "resized")), tmp_path / "a.gguf"
+    export_gguf(tmp_path / "adapter", name, base=base)
+    assert {tensor.rpartition(".")[0] for tensor in tensors(name)} == {f"blk.{i}.attn_q.weight" for i in (0, 1)}
+    export_lora(tmp_path / "adapter", tmp_path / "lora", base=base)
+    assert all(".q_proj." in key for key in load_file(tmp_path / "lora" / WEIGHTS_NAME))
+    with pytest.raises(InputError, match=r"is \(72, 32\) in the adapter .*; save the resized model and name it"):
+        export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", base=Base(str(tmp_path / "original")))
+    changed = type(resized).from_pretrained(tmp_path / "resized")
+    changed.get_input_embeddings().weight.data[70] += 1
+    changed.save_pretrained(tmp_path / "changed")
+    with pytest.raises(InputError, match="trained modules or biases"):
+        export_gguf(tmp_path / "adapter", tmp_path / "c.gguf", base=Base(str(tmp_path / "changed")))
 
 
 def test_other_outputs_and_architectures_are_refused(exported_case, tmp_path):

@@ -106,6 +106,7 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
         base = replace(base, model_kwargs={**base.model_kwargs, "num_labels": labels})
         model = meta_model(base, config.task_type)
     weights = open_weights(base, model)
+    embeddings = _embedding_names(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = dict(model.state_dict(keep_vars=True))
     try:
@@ -123,11 +124,13 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
     for key, value in others.items():
         place = state.get(plain_name(key))
         if place is not None and place.shape != value.shape:
+            resized = plain_name(key) in embeddings and place.shape[1:] == value.shape[1:]
+            hint = "; save the resized model and name it (--base)" if resized else ""
             raise InputError(
                 f"{folder} does not fit the base model: {plain_name(key)} is {tuple(value.shape)} in the adapter and "
-                f"{tuple(place.shape)} in the model"
+                f"{tuple(place.shape)} in the model{hint}"
             )
-    copies = _copies(peft_model, weights, others)
+    copies = _copies(peft_model, weights, others, embeddings)
     others = {key: value for key, value in others.items() if key not in copies}
     adapted = Adapted(config, base, peft_model.eval(), weights, others, set(copies.values()), state, names)
     for path, layer in adapted.layers():
@@ -152,8 +155,10 @@ def _labels(model: Any, others: dict[str, Tensor]) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _copies(model: Any, weights: BaseWeights, others: dict[str, Tensor]) -> dict[str, str]:
-    """Copies of base weights, which PEFT saves with adapted embeddings and heads: their names here and in the model.
+def _copies(model: Any, weights: BaseWeights, others: dict[str, Tensor], embeddings: set[str]) -> dict[str, str]:
+    """Copies of base weights, which PEFT saves of adapted or resized embeddings: their names here and in the model.
+
+    An embedding that differs from the base model's, or that is named in ``modules_to_save``, is no copy.
 
     Raises:
         InputError: such a copy is not the base model's weight, so the adapter was trained on another one.
@@ -166,7 +171,18 @@ def _copies(model: Any, weights: BaseWeights, others: dict[str, Tensor]) -> dict
                 f"the adapter holds a base weight {name} of its own, and it is not the base model's; name the base "
                 "model that it was trained on (--base)"
             )
-    return copies
+    whole = tuple(f".{name}.weight" for name in model.peft_config[NAME].modules_to_save or ())
+    rest = {key: plain_name(key) for key in others.keys() - copies.keys()}
+    resized = {key: name for key, name in rest.items() if name in embeddings and not f".{name}".endswith(whole)}
+    unchanged = {key for key, name in resized.items() if name in weights and _equal(weights.read(name), others[key])}
+    return copies | {key: resized[key] for key in unchanged}
+
+
+def _embedding_names(model: Any) -> set[str]:
+    """The names of a model's input and output embeddings; tied ones have several."""
+    found = [find() for find in (model.get_input_embeddings, model.get_output_embeddings)]
+    ids = {id(module.weight) for module in found if hasattr(module, "weight")}
+    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in ids}
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
