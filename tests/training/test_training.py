@@ -313,3 +313,31 @@ def test_a_diverging_run_fails_and_says_so(recipe_file, tmp_path, cli):
     assert "lower train.learning_rate" in failed.err
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_base_that_has_moved_is_named(recipe_file, tiny_bert, tmp_path, cli):
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(tiny_bert, base)
+    assert cli("train", recipe_file(model={"name": str(base)})).code == 0
+    run, text = tmp_path / "run", ["--text", "the film was great"]
+    expected = [cli("predict", run, *text).out, cli("evaluate", run).out]
+    base.rename(moved)
+    for command in (["predict", run, *text], ["predict", run / "adapter", *text], ["evaluate", run]):
+        refused = cli(*command)
+        assert refused.code == 2
+        assert f"model.name={str(base)!r} is neither" in refused.err
+        assert refused.err.rstrip().endswith("; name the base model with --base")
+        wrong = cli(*command, "--base", tmp_path / "nowhere")
+        assert wrong.code == 2
+        assert f"--base={str(tmp_path / 'nowhere')!r} is neither" in wrong.err
+        done = cli(*command, "--base", moved)
+        assert done.code == 0, done.err
+        assert done.out in expected
+
+
+def test_what_was_trained_whole_has_no_base(recipe_file, tiny_bert, tmp_path, cli):
+    assert cli("train", recipe_file(method="full")).code == 0
+    for command in (["predict", tmp_path / "run", "--text", "a film"], ["evaluate", tmp_path / "run"]):
+        done = cli(*command, "--base", tiny_bert)
+        assert done.code == 2
+        assert "was trained whole; it has no base model" in done.err

@@ -22,6 +22,10 @@ OverridesArgument = Annotated[
         metavar="[SECTION.KEY=VALUE]...", help="Changes to the recipe, e.g. train.learning_rate=5e-4 adapter.r=16."
     ),
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", help="Base model, if not the recorded one: alias, directory, GGUF file or hub name."),
+]
 
 
 def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorma.cli.common import silence_libraries
+from lorma.cli.common import BaseOption, silence_libraries
 
 
 def register(app: typer.Typer) -> None:
@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     run_dir: Annotated[str, typer.Argument(help="The directory of a finished run.")],
+    base: BaseOption = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the base model's repository run its own Python.")
     ] = False,
@@ -25,5 +26,5 @@ def evaluate(
     from lorma.training.inference import evaluate as measure
     from lorma.training.rundir import RunDirectory
 
-    for name, value in measure(RunDirectory(run_dir), trust_remote_code=trust_remote_code).items():
+    for name, value in measure(RunDirectory(run_dir), base, trust_remote_code=trust_remote_code).items():
         typer.echo(f"{name}\t{value:.6g}")

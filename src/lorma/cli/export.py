@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorma.cli.common import silence_libraries
+from lorma.cli.common import BaseOption, silence_libraries
 from lorma.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,10 +28,7 @@ def export(
     format: Annotated[
         str, typer.Option("--format", help="lora (a folder that PEFT loads without lorma) or gguf (llama.cpp).")
     ] = "lora",
-    base: Annotated[
-        str | None,
-        typer.Option(help="Base model, if not the recorded one: alias, directory, GGUF file or hub name."),
-    ] = None,
+    base: BaseOption = None,
     dtype: Annotated[str, typer.Option(help="Precision of the LoRA: float32, float16 or bfloat16.")] = "float32",
     uniform_rank: Annotated[
         bool, typer.Option("--uniform-rank", help="Pad all layers to the largest rank, for servers that need one.")

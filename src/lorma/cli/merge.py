@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorma.cli.common import silence_libraries
+from lorma.cli.common import BaseOption, silence_libraries
 
 
 def register(app: typer.Typer) -> None:
@@ -21,10 +21,7 @@ def register(app: typer.Typer) -> None:
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run directory, or an adapter folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="Base model, if not the recorded one: alias, directory, GGUF file or hub name."),
-    ] = None,
+    base: BaseOption = None,
     verify: Annotated[
         bool, typer.Option(help="Load the adapted and the merged model, one at a time, and compare their outputs.")
     ] = True,

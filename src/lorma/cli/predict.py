@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorma.cli.common import silence_libraries
+from lorma.cli.common import BaseOption, silence_libraries
 from lorma.errors import InputError
 from lorma.files import check_output, write_atomic
 
@@ -31,6 +31,7 @@ def predict(
         Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    base: BaseOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 128,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the base model's repository run its own Python.")
@@ -46,7 +47,7 @@ def predict(
     from lorma.tasks import input_columns, read_prediction_rows, text_row
     from lorma.training.inference import load_predictor
 
-    predictor = load_predictor(source, trust_remote_code=trust_remote_code)
+    predictor = load_predictor(source, base, trust_remote_code=trust_remote_code)
     if file:
         rows = read_prediction_rows(file, predictor.meta)
     else:

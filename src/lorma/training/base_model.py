@@ -9,7 +9,7 @@ from lorma.errors import InputError, one_line, reading
 from lorma.files import META_FILE
 from lorma.tasks import CausalLM, get_task
 from lorma.training.models import load_tokenizer
-from lorma.training.packaged import find_model
+from lorma.training.packaged import Source, find_model
 from lorma.training.recipe import ModelSpec
 from lorma.training.rundir import RunDirectory
 from lorma.tuners.adapter_file import CONFIG_NAME, read_config
@@ -35,9 +35,7 @@ def base_arguments(folder: Path, base: str | None = None, *, trust_remote_code: 
     """
     spec, fields = _recorded(folder)
     if base is not None:
-        file = Path(base).expanduser()
-        packed = file.name if file.is_file() and file.suffix == ".gguf" else None
-        spec = ModelSpec(name=str(file.parent) if packed else base, gguf_file=packed)
+        spec = named_base(base)
     elif spec is None:
         raise InputError(f"{folder} does not say which base model it belongs to; name it (--base)")
     elif spec.quantization:
@@ -46,15 +44,8 @@ def base_arguments(folder: Path, base: str | None = None, *, trust_remote_code: 
             f"--base {spec.name} takes those in full precision"
         )
     spec = spec.model_copy(update={"trust_remote_code": trust_remote_code})
-    try:
-        source = find_model(spec.name, spec.gguf_file, spec.revision)
-    except InputError as error:
-        if base is not None:
-            raise InputError(str(error).replace("model.name", "--base", 1)) from None
-        key = "base_model_name_or_path" if fields is None else "model.name"
-        raise InputError(
-            f"{folder}: {str(error).replace('model.name', key, 1)}; name the base model with --base"
-        ) from None
+    key = "base_model_name_or_path" if fields is None else "model.name"
+    source = find_base(folder, spec, named=base is not None, key=key)
     arguments: dict[str, Any] = {
         "path": source.path,
         "gguf_file": source.gguf_file,
@@ -67,6 +58,35 @@ def base_arguments(folder: Path, base: str | None = None, *, trust_remote_code: 
         kwargs = {} if isinstance(task, CausalLM) else task.model_kwargs(fields, load_tokenizer(spec))
         arguments |= {"auto_model": task.auto_model, "model_kwargs": kwargs}
     return arguments
+
+
+def named_base(base: str) -> ModelSpec:
+    """The model that ``--base`` names: an alias, a directory, a GGUF file or a hub name."""
+    file = Path(base).expanduser()
+    packed = file.name if file.is_file() and file.suffix == ".gguf" else None
+    return ModelSpec(name=str(file.parent) if packed else base, gguf_file=packed)
+
+
+def find_base(folder: Path, spec: ModelSpec, *, named: bool, key: str = "model.name") -> Source:
+    """Where the base model of an adapter folder is loaded from.
+
+    Args:
+        folder: the adapter folder.
+        spec: the base model that is recorded, or that ``--base`` names.
+        named: whether ``--base`` names it.
+        key: what the name is recorded under, for the message.
+
+    Raises:
+        InputError: there is no such model; the message says what to do with ``--base``.
+    """
+    try:
+        return find_model(spec.name, spec.gguf_file, spec.revision)
+    except InputError as error:
+        if named:
+            message = str(error).replace("model.name", "--base", 1)
+        else:
+            message = f"{folder}: {str(error).replace('model.name', key, 1)}; name the base model with --base"
+        raise InputError(message) from None
 
 
 @reading()

@@ -13,7 +13,7 @@ import torch
 from lorma.errors import InputError, one_line, reading
 from lorma.files import META_FILE
 from lorma.tasks import CausalLM, Task, get_task
-from lorma.training.base_model import read_meta
+from lorma.training.base_model import find_base, named_base, read_meta
 from lorma.training.methods.adalora import loss_of_the_task
 from lorma.training.models import load_model, load_tokenizer, locate
 from lorma.training.rundir import RunDirectory
@@ -62,21 +62,32 @@ class Predictor:
         return [{"completion": text} for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def load_predictor(path: str | Path, *, trust_remote_code: bool = False) -> Predictor:
+def load_predictor(path: str | Path, base: str | None = None, *, trust_remote_code: bool = False) -> Predictor:
     """Load a finished run, its ``adapter`` folder, or its ``model`` folder.
+
+    ``base`` names another base model than the recorded one, for instance where its folder was moved: an alias, a
+    directory, a GGUF file or a hub name. Precision and quantisation stay as recorded.
 
     ``trust_remote_code`` lets the base model's repository run its own Python. What the folder itself says about that is
     not asked: adapters are passed around.
 
     Raises:
-        InputError: a path that is none of them, an unfinished run, or weights that are broken or do not fit.
+        InputError: a path that is none of them, an unfinished run, weights that are broken or do not fit, a base model
+            that is not there, or a ``base`` for what was trained whole.
     """
     folder = _weights_folder(Path(path).expanduser())
     spec, meta = read_meta(folder)
     spec, task = spec.model_copy(update={"trust_remote_code": trust_remote_code}), get_task(meta["task"])
     whole = not (folder / CONFIG_NAME).is_file()
+    if whole and base is not None:
+        raise InputError(f"--base={base!r}: {folder} was trained whole; it has no base model")
     if whole:
         spec = spec.model_copy(update={"name": str(folder.resolve()), "gguf_file": None, "revision": None})
+    else:
+        if base is not None:
+            named = named_base(base)
+            spec = spec.model_copy(update={"name": named.name, "gguf_file": named.gguf_file, "revision": None})
+        find_base(folder, spec, named=base is not None)
     tokenizer = load_tokenizer(spec)
     model: Any = load_model(spec, task.auto_model, **task.model_kwargs(meta, tokenizer))
     if not whole:
@@ -129,8 +140,10 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return adapted.eval()
 
 
-def evaluate(run: RunDirectory, *, trust_remote_code: bool = False) -> dict[str, float]:
+def evaluate(run: RunDirectory, base: str | None = None, *, trust_remote_code: bool = False) -> dict[str, float]:
     """The metrics of a finished run on its evaluation rows, measured again from the saved weights.
+
+    ``base`` as in :func:`load_predictor`.
 
     Raises:
         InputError: as :func:`load_predictor`, or if the data of the recipe cannot be read any more.
@@ -142,7 +155,7 @@ def evaluate(run: RunDirectory, *, trust_remote_code: bool = False) -> dict[str,
 
     with reading():
         recipe = run.read_recipe()
-    predictor = load_predictor(run.path, trust_remote_code=trust_remote_code)
+    predictor = load_predictor(run.path, base, trust_remote_code=trust_remote_code)
     with reading():
         reported = json.loads(run.summary_file.read_text(encoding="utf-8"))["final_metrics"]
     prepared = predictor.task.prepare(recipe.data, predictor.tokenizer)
