@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         TLoraModel,
         hotswap_adapter,
         prepare_for_hotswap,
+        prepare_gguf_for_training,
     )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "hotswap_adapter",
     "prepare_for_hotswap",
+    "prepare_gguf_for_training",
 ]
 
 

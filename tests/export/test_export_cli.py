@@ -209,6 +209,69 @@ def test_cards_of_a_gguf_base_hold_code_that_works(named, packed, recipe_file, t
     assert ("names no base model: only lorma knows `tiny`" in text.read_text()) is (named == "alias")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_what_training_prints_of_a_gguf_base_can_be_trained_further(packed, recipe_file, tmp_path, cli):
+    """transformers marks a model from a GGUF file as quantised, and its Trainer and TRL's refuse it."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from lorma import LormaConfig
+
+    rows = [{"a": "the film", "b": " was dull."}] * 12
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = cli(
+        "train",
+        recipe_file(
+            task="causal-lm",
+            model={"name": str(packed), "gguf_file": "tiny.gguf"},
+            data={"train": str(tmp_path / "rows.jsonl"), "prompt": "a", "completion": "b"},
+            adapter={"r": 2, "target_modules": ["q_proj"]},
+        ),
+    )
+    assert done.code == 0, done.err
+    lines = [line.strip() for line in done.out.splitlines() if line.startswith("    ")]
+    assert lines[-2].startswith("base = lorma.prepare_gguf_for_training(")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "base = lorma.prepare_gguf_for_training(" in card
+    names = {}
+    exec("\n".join(lines[:-1]), names)
+    options = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "max_length": 16}
+    trainer = trl.SFTTrainer(
+        model=names["base"],
+        args=trl.SFTConfig(output_dir=str(tmp_path / "sft"), per_device_train_batch_size=2, **options),
+        train_dataset=Dataset.from_list([{"text": "the film was dull."}] * 4),
+        processing_class=AutoTokenizer.from_pretrained(packed, gguf_file="tiny.gguf"),
+        peft_config=LormaConfig(r=2, target_modules=["q_proj"]),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_model_that_is_packed_or_quantised_otherwise_is_not_prepared(packed):
+    import torch
+    import transformers
+    from torch import nn
+
+    from lorma import InputError, prepare_gguf_for_training
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(packed, gguf_file="tiny.gguf")
+    assert model.is_quantized
+    unpacked = model.hf_quantizer.quantization_config
+    weight = model.lm_head.weight
+    model.lm_head.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"lm_head.weight is still packed .*GgufConfig\(dequantize=True\)"):
+        prepare_gguf_for_training(model)
+    model.lm_head.weight = weight
+    model.hf_quantizer.quantization_config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(InputError, match="quantised by 'bitsandbytes'"):
+        prepare_gguf_for_training(model)
+    model.hf_quantizer.quantization_config = unpacked
+    assert prepare_gguf_for_training(model) is model
+    assert not getattr(model, "is_quantized", False)
+    assert prepare_gguf_for_training(model) is model
+
+
 def test_an_exported_lora_names_the_base_that_a_server_loads(packed, run, tiny_bert, cli, tmp_path):
     from lorma.export import Base
     from lorma.export.base import served_name

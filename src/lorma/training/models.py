@@ -19,7 +19,7 @@ from lorma.training.methods import Method
 from lorma.training.methods.whole import head_parameters
 from lorma.training.packaged import Source, find_model, install_hint
 from lorma.tuners.pickled import conversion_hint
-from lorma.tuners.quantized import keep_layout
+from lorma.tuners.quantized import keep_layout, prepare_gguf_for_training
 from lorma.tuners.targets import near_modules
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedMod
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: PreTrainedModel = _load(getattr(transformers, auto_model), spec, kwargs)
     if packed:
-        _forget_packing(model)
+        prepare_gguf_for_training(model)
         if spec.quantization:
             _quantize(model, _bitsandbytes_config(spec, auto_model))
     if getattr(model, "is_loaded_in_4bit", False):
@@ -146,20 +146,6 @@ def _check_layout(model: Any) -> None:
                     "no multiple of 64, and the installed bitsandbytes reads such weights back wrongly; choose "
                     "model.quantization=int8 or null, or a GPU"
                 )
-
-
-def _forget_packing(model: Any) -> None:
-    """Make an unpacked GGUF model trainable: transformers goes on marking it as quantised, which Trainer refuses."""
-    if getattr(model, "hf_quantizer", None) is None or not all(p.is_floating_point() for p in model.parameters()):
-        return
-    for owner, name in (
-        (model, "hf_quantizer"),
-        (model, "is_quantized"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if name in vars(owner):
-            delattr(owner, name)
 
 
 def _load(auto: Any, spec: ModelSpec, kwargs: dict[str, Any]) -> Any:

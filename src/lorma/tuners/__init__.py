@@ -3,6 +3,7 @@
 from lorma.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from lorma.tuners.lorma import LormaConfig, LormaLayer, LormaModel, hotswap_adapter, prepare_for_hotswap
 from lorma.tuners.originals import MergeReport
+from lorma.tuners.quantized import prepare_gguf_for_training
 from lorma.tuners.svft import SvftConfig, SvftModel
 from lorma.tuners.tlora import TLoraConfig, TLoraLayer, TLoraModel
 
@@ -20,4 +21,5 @@ __all__ = [
     "TLoraModel",
     "hotswap_adapter",
     "prepare_for_hotswap",
+    "prepare_gguf_for_training",
 ]

@@ -103,12 +103,20 @@ def labels_of(folder: Path, config: Any) -> int | None:
     return rows.pop() if len(rows) == 1 else None
 
 
-def base_code(auto_model: str, path: str, arguments: Mapping[str, Any]) -> str:
-    """The expression that loads a base model; arguments that are None or transformers' default are left out."""
+def base_code(auto_model: str, path: str, arguments: Mapping[str, Any], *, own: bool = True) -> str:
+    """The expression that loads a base model; arguments that are None or transformers' default are left out.
+
+    Args:
+        own: whether lorma may be used, which makes a model from a GGUF file one that can be trained further.
+    """
     defaults: dict[str, Any] = {"dtype": "float32", "trust_remote_code": False}
     keys = ("gguf_file", "num_labels", "revision", "dtype", "trust_remote_code")
     given = [f"{key}={arguments[key]!r}" for key in keys if arguments.get(key) not in (None, defaults.get(key))]
-    return f"transformers.{auto_model}.from_pretrained({', '.join([repr(path), *given])})"
+    packed = arguments.get("gguf_file") is not None
+    if packed:
+        given.append("quantization_config=transformers.GgufConfig(dequantize=True)")
+    code = f"transformers.{auto_model}.from_pretrained({', '.join([repr(path), *given])})"
+    return f"lorma.prepare_gguf_for_training({code})" if packed and own else code
 
 
 def use_code(base: str, folder: str, imports: str = "lorma, peft, transformers") -> list[str]:
@@ -175,13 +183,15 @@ def adapter_text(config: Any, about: About, labels: int | None) -> str:
     table = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items() if value)
     task = str(getattr(config.task_type, "value", config.task_type))
     own = {"num_labels": labels, "revision": about.arguments.get("revision") or getattr(config, "revision", None)}
-    load = base_code(AUTO_CLASSES.get(task, "AutoModel"), base, {**about.arguments, **own})
+    given, auto_model = {**about.arguments, **own}, AUTO_CLASSES.get(task, "AutoModel")
+    load = base_code(auto_model, base, given, own=False)
     if about.alias or about.quantization:
         use, where = predictor_code("THIS_FOLDER"), "this folder"
     else:
         foreign = type(config).__module__.startswith("peft.")
         imports = "peft, transformers" if foreign else "lorma, peft, transformers"
-        use, where = use_code(load, "THIS_FOLDER", imports), "this folder, or its name on the hub"
+        loading = base_code(auto_model, base, given, own=not foreign)
+        use, where = use_code(loading, "THIS_FOLDER", imports), "this folder, or its name on the hub"
     without = ""
     if equation_of(config):
         without = _without_lorma(config, about, base, load)

@@ -19,6 +19,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
+from lorma.errors import InputError
 from lorma.functional.multiplier import widen
 
 if TYPE_CHECKING:
@@ -50,6 +51,50 @@ def keep_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def prepare_gguf_for_training(model: Any) -> Any:
+    """Make a model that transformers has unpacked from a GGUF file one that its Trainer and TRL's train.
+
+    transformers (5.23) goes on marking such a model as quantised when every weight is an ordinary tensor, and its
+    Trainer then refuses it; so does TRL. This takes the mark off. Weights are not changed::
+
+        base = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file="model.gguf", quantization_config=transformers.GgufConfig(dequantize=True)
+        )
+        trainer = SFTTrainer(model=lorma.prepare_gguf_for_training(base), peft_config=LormaConfig(...), ...)
+
+    Args:
+        model: the model, or a PeftModel of it. One that carries no such mark is left alone.
+
+    Returns: the same model.
+
+    Raises:
+        InputError: its weights are still packed, or it was quantised in another way than by a GGUF file.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantizer = getattr(inner, "hf_quantizer", None)
+    if quantizer is None:
+        return model
+    method = getattr(quantizer.quantization_config, "quant_method", "")
+    method = str(getattr(method, "value", method))
+    if method != "gguf":
+        raise InputError(f"the model is quantised by {method!r}; only a model from a GGUF file is prepared in this way")
+    packed = next((name for name, parameter in inner.named_parameters() if not parameter.is_floating_point()), None)
+    if packed is not None:
+        raise InputError(
+            f"{packed} is still packed as in the GGUF file; load the model with "
+            "quantization_config=transformers.GgufConfig(dequantize=True)"
+        )
+    for owner, name in (
+        (inner, "hf_quantizer"),
+        (inner, "is_quantized"),
+        (inner, "quantization_method"),
+        (inner.config, "quantization_config"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
+    return model
 
 
 class UnknownTorchaoBackend(TorchaoBackend):
