@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 from safetensors.torch import load_file
 
+from helpers_docs import blocks, page
 from lorma.errors import InputError
 from lorma.training.methods import Method, all_methods, get_method, method_names, register_method, registry
 from lorma.training.models import attach, count_parameters
@@ -247,8 +248,8 @@ def installed(tmp_path, monkeypatch, forget):
 
 def documented():
     """The method that the manual adds: its module, and its entry point."""
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    text = page("docs/methods.md")
+    (code,) = blocks(text, "python")
     (entry,) = re.findall(r'^\[project\.entry-points\."lorma\.methods"\]\n(\S+) = "(\S+)"$', text, re.MULTILINE)
     return code, entry
 
