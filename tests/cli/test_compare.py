@@ -1,5 +1,6 @@
 """``lorma compare`` and ``lorma report``, with a real process a run."""
 
+import fcntl
 import json
 import signal
 import time
@@ -103,6 +104,53 @@ def test_who_terminates_a_comparison_terminates_its_run(recipe_file, tmp_path):
     assert again.code == 0, again.err
     assert again.out.count("going on from step") == 1
     assert (second / "summary.json").is_file()
+
+
+def test_two_comparisons_share_the_runs(recipe_file, tmp_path):
+    train = {"max_steps": 40, "batch_size": 8, "save_steps": 40, "eval_steps": 40}
+    recipe = recipe_file(train=train, compare={"methods": ["lora", "lorma-plus"]})
+    both = [start_cli("compare", recipe) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "ailed" not in out
+        assert "│ lora " in out
+        assert "│ lorma-plus " in out
+    assert all((tmp_path / "run" / f"{method}-seed0" / "summary.json").is_file() for method in ("lora", "lorma-plus"))
+
+
+def test_a_run_that_another_process_holds_is_waited_for(recipe_file, tmp_path):
+    recipe = recipe_file(compare={"methods": ["lora", "lorma-plus"]}, train={"max_steps": 2, "batch_size": 8})
+    folder = tmp_path / "run" / "lora-seed0"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start_cli("compare", recipe)
+        seen = ""
+        while "lora-seed0: another process trains it" not in seen:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            seen += line
+        assert "[2/2] lorma-plus-seed0" in seen
+        assert "[1/2] lora-seed0\n" not in seen
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "[1/2] lora-seed0\n" in out
+    assert (folder / "summary.json").is_file()
+
+
+def test_a_killed_run_is_said_to_be_killed(recipe_file, tmp_path):
+    train = {"max_steps": 3000, "batch_size": 8, "save_steps": 3000, "eval_steps": 3000}
+    process = start_cli("compare", recipe_file(train=train), "--methods", "lora")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "lora-seed0" / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (run,) = psutil.Process(process.pid).children()
+    run.kill()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    told = "lora-seed0 was killed (SIGKILL), perhaps because memory ran out"
+    assert f"Failed, and not in the table: {told}" in out
 
 
 def test_refusals_come_before_the_first_run(recipe_file, tmp_path, cli, monkeypatch):

@@ -68,7 +68,8 @@ def compare(
         print_table(console, build_table(runs))
         print_report_place(console, write_report(runs, result.output / "report", title=f"Comparison: {recipe}"))
     if result.failed:
-        console.print(f"Failed, and not in the table: {', '.join(result.failed)}")
+        reasons = "; ".join(f"{name} {reason}" for name, reason in result.failed.items())
+        console.print(f"Failed, and not in the table: {reasons}")
         raise typer.Exit(1)
 
 

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,10 +23,15 @@ from rich.console import Console
 from lorma.errors import InputError
 from lorma.tasks.fingerprint import fingerprints
 from lorma.training.budget import Choice, Counter
+from lorma.training.exits import describe_exit
 from lorma.training.methods import get_method, method_names
 from lorma.training.recipe import Recipe, apply_override, differences, load_recipe, override_key, parse_recipe
 from lorma.training.rundir import RunDirectory
 
+REFUSED = 2
+"""The exit code of ``lorma train`` for wrong input."""
+POLL_SECONDS = 0.5
+"""How often to look whether another process has finished the runs that are left."""
 EVERY = "all"
 """Stands for every method that is possible on the model of the recipe."""
 
@@ -44,11 +50,11 @@ class Planned:
 
 @dataclass
 class Comparison:
-    """What came of it: finished run directories in order, and the names of runs that failed."""
+    """What came of it: finished run directories in order, and how the runs that failed ended, by their names."""
 
     output: Path
     finished: list[Path] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def compare(
@@ -66,6 +72,9 @@ def compare(
 
     A method differs from the recipe in its learning rate if ``compare.learning_rates`` gives it one, and in
     ``adapter.target_modules`` if it chooses its places itself (bottleneck adapters).
+
+    Several comparisons may work in one output at once. Each takes the runs that nobody is training, and waits for the
+    others at the end; what another process leaves unfinished it goes on with.
 
     Args:
         recipe_path, overrides: as for :func:`load_recipe`.
@@ -94,22 +103,42 @@ def compare(
     planned = [_plan(recipe, method, seed, choices.get(method)) for seed in seeds for method in methods]
     result = Comparison(Path(recipe.output))
     data = fingerprints(recipe.data)
-    waiting = [run for run in planned if overwrite or not _is_done(run.recipe, data)]
-    for number, run in enumerate(planned, start=1):
-        name = run.path.name
-        if run not in waiting:
-            console.print(f"[{number}/{len(planned)}] {name}: done before")
-        else:
-            console.print(f"[{number}/{len(planned)}] {name}")
-            command = _command(recipe_path, overrides, run, overwrite, launcher)
-            status = _run(command)
-            if status == 2:
+    earlier = {run.path: _finished_at(run) for run in planned} if overwrite else {}
+
+    def is_done(run: Planned) -> bool:
+        """Whether a run is finished; with ``overwrite``, since this comparison began."""
+        return _finished_at(run) != earlier.get(run.path) and _is_done(run.recipe, data)
+
+    titles = {run.path: f"[{number}/{len(planned)}] {run.path.name}" for number, run in enumerate(planned, start=1)}
+    done = [run.path for run in planned if is_done(run)]
+    for path in done:
+        console.print(f"{titles[path]}: done before")
+    waiting = [run for run in planned if run.path not in done]
+    while waiting:
+        busy = []
+        for run in waiting:
+            name, status = run.path.name, None
+            if not is_done(run) and not RunDirectory(run.path).in_use:
+                console.print(titles[run.path])
+                status = _run(_command(recipe_path, overrides, run, overwrite, launcher))
+            if status == 0 or is_done(run):
+                done.append(run.path)
+                if status != 0:
+                    console.print(f"{titles[run.path]}: done meanwhile by another process")
+            elif status is None or RunDirectory(run.path).in_use:
+                busy.append(run)
+            elif status == REFUSED:
                 raise InputError(f"{name} was refused (see above); nothing further was started")
-            if status != 0:
-                console.print(f"  {name} failed with exit code {status}")
-                result.failed.append(name)
-                continue
-        result.finished.append(run.path)
+            else:
+                result.failed[name] = describe_exit(status)
+                console.print(f"  {name} {result.failed[name]}")
+        if busy == waiting:
+            time.sleep(POLL_SECONDS)
+        else:
+            for run in busy:
+                console.print(f"{titles[run.path]}: another process trains it; its result is waited for")
+        waiting = busy
+    result.finished = [run.path for run in planned if run.path in done]
     return result
 
 
@@ -199,6 +228,14 @@ def _run(command: list[str]) -> int:
     if told:
         raise KeyboardInterrupt
     return status
+
+
+def _finished_at(run: Planned) -> int | None:
+    """When the summary of a run was written, in nanoseconds; None when there is none."""
+    try:
+        return RunDirectory(run.path).summary_file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _is_done(recipe: Recipe, data: dict[str, str]) -> bool:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,8 @@ from lorma.yaml_text import load_yaml
 
 MARKER = "complete"
 KEPT_CHECKPOINTS = 2
+LOOK_SECONDS = 0.5
+"""How long a lock must last to be that of a process that trains."""
 
 
 class RunDirectory:
@@ -43,6 +46,18 @@ class RunDirectory:
     def finished(self) -> bool:
         """Whether the run ended well: its summary is the last file to be written."""
         return self.summary_file.is_file()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a process is training here."""
+        try:
+            with self.lock_file.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def read_recipe(self) -> Recipe:
         """The recipe this run was started with.
@@ -164,14 +179,18 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         """Lock ``.lock``, and make sure that it is the file of that name: who held it removes it, and a lock on the
-        removed file keeps nobody out.
+        removed file keeps nobody out. A lock that is gone in a moment is only :attr:`in_use` looking.
         """
+        patience = time.monotonic() + LOOK_SECONDS
         while self._lock is None:
             lock = self.lock_file.open("w")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 lock.close()
+                if time.monotonic() < patience:
+                    time.sleep(LOOK_SECONDS / 20)
+                    continue
                 raise InputError(f"output={str(self.path)!r} is being trained by another process") from None
             try:
                 current = os.path.samestat(os.fstat(lock.fileno()), self.lock_file.stat())
