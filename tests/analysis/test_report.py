@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from pathlib import Path
 import pytest
 
 import lorma.analysis
-from lorma.analysis import build_table, load_run, loss_curves, report, write_report
+from lorma.analysis import build_table, evaluation_curves, load_run, loss_curves, report, write_report
 from lorma.errors import InputError
 
-FILES = {"index.html", "loss.png", "loss.svg", "table.json", "table.md"}
+FIGURES = {
+    f"{name}{theme}.{kind}" for name in ("loss", "evaluation") for theme in ("", "-dark") for kind in ("png", "svg")
+}
+FILES = {"index.html", "table.json", "table.md", *FIGURES}
 PACKAGE = Path(lorma.analysis.__file__).parent
 
 
@@ -33,12 +37,14 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.media: list[str] = []
         self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href") and value]
+        self.links += [value for name, value in attrs if name in ("src", "srcset", "href") and value]
+        self.media += [value for name, value in attrs if name == "media" and value]
 
     def handle_data(self, data):
         self.text += data
@@ -67,7 +73,9 @@ def test_a_report_is_complete(runs, tmp_path):
         assert text in page.text
     assert "script" not in page.tags
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
-    assert len(page.links) == 1
+    assert len(set(page.links)) == len(page.links) == 2 * 4
+    narrow, dark = "(max-width: 34rem)", "(prefers-color-scheme: dark)"
+    assert page.media == 2 * [f"{narrow} and {dark}", narrow, dark]
 
 
 def test_recipes_of_one_method_are_called_by_what_differs(write_run, tmp_path):
@@ -75,7 +83,7 @@ def test_recipes_of_one_method_are_called_by_what_differs(write_run, tmp_path):
     index = write_report(runs, tmp_path / "report", "Rates")
     page = Page(index.read_text())
     for rate in (0.1, 0.2):
-        assert page.text.count(f"lora (train.learning_rate={rate})") == 2
+        assert page.text.count(f"lora (train.learning_rate={rate})") == 4  # a row, a run, and twice with its rate
         assert f"lora (train.learning_rate={rate})" in index.with_name("loss.svg").read_text()
 
 
@@ -109,7 +117,7 @@ def test_a_failing_figure_leaves_the_old_report(runs, tmp_path, monkeypatch):
     write_report(runs, out, "first")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
 
-    def fail(runs, out_dir):
+    def fail(runs, out_dir, *arguments, **options):
         (out_dir / "loss.png").write_bytes(b"half")
         raise RuntimeError("no space left")
 
@@ -154,6 +162,72 @@ def test_figures_of_unusual_runs(write_run, tmp_path, specs):
     runs = [load_run(write_run(f"run{i}", m, seed, **options)) for i, (m, seed, options) in enumerate(specs)]
     assert_valid_images(*loss_curves(runs, tmp_path / "figures", name="curve"))
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {"curve.png", "curve.svg"}
+
+
+def test_figures_have_no_background_and_the_colours_of_their_page(runs, tmp_path):
+    seen = {}
+    for draw in (loss_curves, evaluation_curves):
+        for theme in ("light", "dark"):
+            _, svg = draw(runs, tmp_path / theme, theme=theme)
+            page = ET.parse(svg).getroot()
+            backgrounds = [e for e in page.iter() if e.get("id") in ("patch_1", "patch_2")]
+            styles = [path.get("style") for e in backgrounds for path in e.iter() if path.get("style")]
+            assert styles
+            assert all("fill: none" in style for style in styles)
+            seen[draw, theme] = set(re.findall(r"#[0-9a-f]{6}", svg.read_text()))
+    for draw in (loss_curves, evaluation_curves):
+        assert {"#222222", "#0072b2"} <= seen[draw, "light"]
+        assert {"#e7eaec", "#4fa8e8"} <= seen[draw, "dark"]
+        assert seen[draw, "light"].isdisjoint(seen[draw, "dark"])
+    with pytest.raises(InputError, match="theme='sepia' is unknown; allowed: light, dark"):
+        loss_curves(runs, tmp_path, theme="sepia")
+
+
+def test_without_evaluations_there_is_no_curve_of_them(write_run, tmp_path):
+    run = load_run(write_run("run", accuracy=math.nan, final_metrics={"accuracy": None}))
+    assert evaluation_curves([run], tmp_path) is None
+    index = write_report([run], tmp_path / "report", "t")
+    assert {file.name for file in index.parent.iterdir()} == FILES - {f for f in FIGURES if f.startswith("evaluation")}
+    assert "Evaluation accuracy" not in index.read_text()
+
+
+def test_the_page_says_what_was_run_and_what_failed(write_run, tmp_path):
+    recipe = (
+        "model: {name: minilm, dtype: float32}\ndata: {train: /data/reviews.csv, eval: null, max_train_rows: 200}\n"
+        "adapter: {r: 8, alpha: null}\n"
+        "train: {epochs: 2.0, max_steps: null, batch_size: 16, gradient_accumulation_steps: 2, schedule: linear}\n"
+    )
+    told = {
+        "target_modules": ["query", "value"],
+        "train_rows": 200,
+        "eval_rows": 50,
+        "r": 8,
+        "predicted_classes": 1,
+        "positive_class": "good",
+        "trivial_baseline": {"name": "majority class", "prediction": "good", "metrics": {"accuracy": 0.9, "f1": 0.94}},
+    }
+    runs = []
+    for method, rate in (("lora", 0.002), ("full", 5e-5)):
+        path = write_run(method, method, learning_rate=rate, **told)
+        (path / "recipe.yaml").write_text(recipe)
+        runs.append(load_run(path))
+    page = Page(write_report(runs, tmp_path / "report", "t").read_text())
+    for text in (
+        "minilm, float32",
+        "reviews.csv, 200 rows (max_train_rows)",
+        "held out of the same source, 50 rows",
+        "r = 8, alpha = 8",
+        "query, value",
+        "0.002, linear (lora); 5e-05, linear (full)",
+        "16 rows × 2 accumulated a process",
+        "100 steps, epochs: 2",
+        "data.train",
+        "/data/reviews.csv",
+        "majority class",
+        "f1 of 'good'",
+        "lora predicts one and the same class for every evaluation row and does not beat the majority class",
+    ):
+        assert text in page.text
 
 
 def test_nothing_to_draw_is_refused(write_run, tmp_path):

@@ -31,12 +31,8 @@ def test_table_report_and_skipping(compared, reviews, cli, tmp_path, monkeypatch
         "lorma-plus-seed1",
         "report",
     }
-    assert {path.name for path in (folder / "report").iterdir()} == {
-        "index.html",
-        "loss.png",
-        "loss.svg",
-        "table.json",
-        "table.md",
+    assert {"index.html", "loss.png", "loss.svg", "evaluation.svg", "table.json", "table.md"} <= {
+        path.name for path in (folder / "report").iterdir()
     }
     table = json.loads((folder / "report" / "table.json").read_text())
     assert [row["method"] for row in table["rows"]] == ["lora", "lorma-plus"]
@@ -107,11 +103,11 @@ def test_who_terminates_a_comparison_terminates_its_run(recipe_file, tmp_path):
 
 
 def test_two_comparisons_share_the_runs(recipe_file, tmp_path):
-    train = {"max_steps": 40, "batch_size": 8, "save_steps": 40, "eval_steps": 40}
+    train = {"max_steps": 5, "batch_size": 8, "save_steps": 5, "eval_steps": 5}
     recipe = recipe_file(train=train, compare={"methods": ["lora", "lorma-plus"]})
     both = [start_cli("compare", recipe) for _ in range(2)]
     for process in both:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         assert "ailed" not in out
         assert "│ lora " in out

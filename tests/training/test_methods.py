@@ -201,6 +201,22 @@ def test_the_list_of_methods_on_a_narrow_terminal(cli, monkeypatch):
     assert max(map(len, shown)) <= 80
     assert not [line for line in shown if "…" in line]
     assert set(method_names()) <= {line.split()[0] for line in shown if line.strip()}
+    for method in all_methods():
+        start = shown.index(method.name)
+        values = (method.equation, method.parameters, method.knob or "—", method.source)
+        for line, value in zip(shown[start + 1 : start + 5], values, strict=True):
+            assert line.startswith("  ")
+            assert line.rstrip().endswith(value)
+
+
+def test_the_list_of_methods_on_a_wide_terminal(cli, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = [Text.from_ansi(line).plain for line in cli("methods").out.splitlines()]
+    assert len(shown) == 1 + len(method_names())
+    for line, method in zip(shown[1:], all_methods(), strict=True):
+        assert method.equation in line
+        assert method.source in line
 
 
 @pytest.fixture

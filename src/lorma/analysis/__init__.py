@@ -9,7 +9,7 @@ from lorma.analysis.convergence import (
     smooth,
     steps_to_reach,
 )
-from lorma.analysis.figures import loss_curves
+from lorma.analysis.figures import evaluation_curves, loss_curves
 from lorma.analysis.report import write_report
 from lorma.analysis.runs import Evaluation, Run, load_run
 from lorma.analysis.table import Row, Table, build_table
@@ -22,6 +22,7 @@ __all__ = [
     "auc_change",
     "build_table",
     "default_window",
+    "evaluation_curves",
     "final_loss",
     "has_fallen",
     "load_run",

@@ -177,12 +177,13 @@ def build_table(runs: Sequence[Run]) -> Table:
         greater_is_better=summary["greater_is_better"],
         rows=rows,
         notes=tuple(notes),
-        trivial=_trivial(runs),
+        trivial=trivial_baselines(runs),
         warnings=tuple(_warnings(groups.values())),
     )
 
 
-def _trivial(runs: Sequence[Run]) -> tuple[Trivial, ...]:
+def trivial_baselines(runs: Sequence[Run]) -> tuple[Trivial, ...]:
+    """The different trivial baselines that the runs record, in the order of their runs."""
     found = {}
     for run in runs:
         known = run.summary.get("trivial_baseline")

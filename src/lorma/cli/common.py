@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as RichTable
+from rich.text import Text
 
 if TYPE_CHECKING:
     from lorma.analysis import Table
@@ -75,11 +77,14 @@ def _rich_table(table: Table, lines: list[list[str]]) -> RichTable:
     return shown
 
 
-def print_rows(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], prefix: str = "") -> None:
+def print_rows(
+    console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], prefix: str = "", blocks: bool = False
+) -> None:
     """Rows as a table whose first column is never cut or broken; without a terminal, a row a line, parted by tabs.
 
     Args:
         prefix: what every first column begins with; the table leaves it out.
+        blocks: where the terminal is too narrow for the table, give each row a heading with its columns as lines below.
     """
     if not console.is_terminal:
         for row in (header, *rows):
@@ -92,7 +97,15 @@ def print_rows(console: Console, header: Sequence[str], rows: Sequence[Sequence[
         shown.add_column(name, overflow="fold", min_width=max(map(len, name.split())))
     for name, row in zip(names, rows, strict=True):
         shown.add_row(name, *row[1:])
-    console.print(shown, soft_wrap=False)
+    if not blocks or Console(width=1000).measure(shown).maximum <= console.width:
+        console.print(shown, soft_wrap=False)
+        return
+    for name, row in zip(names, rows, strict=True):
+        console.print(Text(name, style="bold"))
+        block = RichTable.grid(padding=(0, 2, 0, 0))
+        for title, value in zip(header[1:], row[1:], strict=True):
+            block.add_row(title, value)
+        console.print(Padding(block, (0, 0, 0, 2)), soft_wrap=False)
 
 
 def print_report_place(console: Console, index: Path) -> None:

@@ -17,4 +17,4 @@ def methods() -> None:
     from lorma.training.methods import all_methods
 
     rows = [(m.name, m.equation, m.parameters, m.knob or "—", m.source) for m in all_methods()]
-    print_rows(plain_console(), ("method", "adapted weight", "parameters", "adapter.r is", "source"), rows)
+    print_rows(plain_console(), ("method", "adapted weight", "parameters", "adapter.r is", "source"), rows, blocks=True)
