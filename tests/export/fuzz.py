@@ -1,6 +1,7 @@
 """Adapter folders spoiled at random, and what the library makes of them.
 
-``python tests/export/fuzz.py 10000`` (``make fuzz``) spoils a good adapter of a tiny BERT that many times. Each folder
+``python tests/export/fuzz.py 10000`` (``make fuzz``) spoils a good adapter of a tiny BERT that many times;
+``--seed N --case M`` does one case again. Each folder
 must be loaded or refused in one line: by the loader and by ``lorma doctor`` always, by ``lorma predict``, ``compose``,
 ``export`` and ``merge`` in turn, and by a real process now and then. Anything else is printed and counted: another
 exception, an exit code for failed work, more than a line, a case that takes long. The peak of memory is bounded too.
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -391,8 +392,8 @@ def bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def run(count: int, seed: int, base: Path, room: Path) -> tuple[Fuzz, int]:
-    """Spoil and try ``count`` folders; the second result is what the peak of memory rose by."""
+def run(count: int, seed: int, base: Path, room: Path, cases: Iterable[int] | None = None) -> tuple[Fuzz, int]:
+    """Spoil and try ``count`` folders, or only ``cases``; the second result is what the peak of memory rose by."""
     fuzz = Fuzz(room, base)
     fuzz._try(fuzz.good, 0)
     for turn in (1, 2, 3):
@@ -401,7 +402,7 @@ def run(count: int, seed: int, base: Path, room: Path) -> tuple[Fuzz, int]:
     fuzz.counts.clear()
     fuzz.slowest = 0.0
     before = peak()
-    for number in range(count):
+    for number in range(count) if cases is None else cases:
         fuzz.check(number, seed)
         if count > 1000 and number % 500 == 499:
             print(
@@ -415,6 +416,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Spoil adapter folders and see that each is loaded or refused.")
     parser.add_argument("count", type=int, nargs="?", default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, action="append", help="only the case of this number, again")
     asked = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -426,10 +428,10 @@ def main() -> None:
         save_tiny_bert(base)
         start = time.monotonic()
         bound_memory()
-        fuzz, rise = run(asked.count, asked.seed, base, Path(name))
+        fuzz, rise = run(asked.count, asked.seed, base, Path(name), asked.case)
     print(
-        f"{asked.count} folders in {time.monotonic() - start:.0f} s: {dict(fuzz.counts)}; {len(fuzz.faults)} faults; "
-        f"slowest {fuzz.slowest:.1f} s; peak memory rose by {rise >> 20} MiB"
+        f"{len(asked.case or []) or asked.count} folders in {time.monotonic() - start:.0f} s: {dict(fuzz.counts)}; "
+        f"{len(fuzz.faults)} faults; slowest {fuzz.slowest:.1f} s; peak memory rose by {rise >> 20} MiB"
     )
     sys.exit(1 if fuzz.faults or rise > MEMORY else 0)
 

@@ -1,12 +1,13 @@
 """What a configuration accepts, and how it refuses the rest."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
@@ -35,6 +36,9 @@ def test_defaults_are_the_contact_points():
         ("r", "8", TypeError, "r='8' must be an int of at least 1, not str"),
         ("r", True, TypeError, "r=True must be an int"),
         ("lorma_alpha", math.inf, ValueError, "lorma_alpha=inf must be a finite number above 0"),
+        ("lorma_alpha", 1e39, ValueError, r"lorma_alpha=1e\+39 must be a finite number above 0 in float32"),
+        ("lorma_alpha", 1e-39, ValueError, "lorma_alpha=1e-39 must be a finite number above 0 in float32"),
+        ("r", 10**40, ValueError, "must be an int of at least 1 and at most 268,435,456"),
         ("lorma_alpha", math.nan, ValueError, "lorma_alpha=nan must be a finite number above 0"),
         ("lorma_alpha", 0, ValueError, "lorma_alpha=0 must be a finite number above 0"),
         ("lorma_alpha", "8", TypeError, "lorma_alpha='8' must be a finite number"),
@@ -141,3 +145,15 @@ def test_import_adds_little_to_peft():
 
 def test_version():
     assert lorma.__version__.count(".") == 2
+
+
+def test_a_scaling_that_the_weights_cannot_hold(mlp):
+    config = LormaConfig(r=1, lorma_alpha=1e5, target_modules=["up"])
+    get_peft_model(copy.deepcopy(mlp), config)
+    message = (
+        r"the scaling of up, 1e\+05 \(alpha over the rank\), must lie from 6.1e-05 to 6.55e\+04, what float16 holds"
+    )
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(copy.deepcopy(mlp).half(), config, autocast_adapter_dtype=False)
+    with pytest.raises(ValueError, match="the scaling of up, 1.5e-39"):
+        get_peft_model(mlp, LormaConfig(r=8, lorma_alpha=1.2e-38, target_modules=["gate", "up"]))

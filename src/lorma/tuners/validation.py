@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 from lorma.errors import did_you_mean
 from lorma.tuners.regex_cost import check_cost
 
+FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The smallest normal and the largest number of float32."""
+MAX_RANK = 1 << 28
+"""No factor holds more numbers than that: 1 GiB in float32."""
+
 
 def check_rank(name: str, value: Any) -> None:
-    """A rank is an int of at least 1."""
+    """A rank is an int of at least 1, of a factor that can be held."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} must be an int of at least 1, not {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be an int of at least 1")
+    if not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{name}={value} must be an int of at least 1 and at most {MAX_RANK:,}")
 
 
 def check_alpha(name: str, value: Any) -> None:
-    """An alpha is a finite number above 0: the scaling alpha / r appears under a square root."""
+    """An alpha is a finite number above 0: the scaling alpha / r appears under a square root.
+
+    What counts is what it becomes beside factors in float32; other dtypes are asked by :func:`check_scaling`.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a finite number above 0, not {type(value).__name__}")
-    if not 0 < value < math.inf or value > sys.float_info.max:
-        raise ValueError(f"{name}={value} must be a finite number above 0")
+    least, most = FLOAT32
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value} must be a finite number above 0 in float32: from {least:.3g} to {most:.3g}")
+
+
+def check_scaling(layer: str, value: float, kind: Any) -> None:
+    """A scaling must be a finite number above 0 in the dtype of the factors, whose ``torch.finfo`` is ``kind``."""
+    if not kind.smallest_normal <= value <= kind.max:
+        raise ValueError(
+            f"the scaling of {layer}, {value:.3g} (alpha over the rank), must lie from {kind.smallest_normal:.3g} to "
+            f"{kind.max:.3g}, what {kind.dtype} holds"
+        )
+
+
+def check_float32(name: str, value: Any) -> None:
+    """A number must be finite in float32; what is no number is not looked at."""
+    most = FLOAT32[1]
+    if isinstance(value, (int, float)) and not -most <= value <= most:
+        raise ValueError(f"{name}={value} must be a finite number in float32: at most {most:.3g}")
 
 
 def check_dropout(name: str, value: Any) -> None:

@@ -19,6 +19,7 @@ from lorma.kernels import HeldResult
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.dora import MagnitudeLayer, beside
 from lorma.tuners.lorma.fused import FusedProjection
+from lorma.tuners.validation import check_scaling
 
 
 class LormaLayer(MagnitudeLayer):
@@ -91,6 +92,7 @@ class LormaLayer(MagnitudeLayer):
         dropout = nn.Dropout(config.lorma_dropout) if config.lorma_dropout > 0 else nn.Identity()
         self.lorma_dropout[adapter_name] = dropout
         dtype = self._start_dtype()
+        check_scaling(self.layer_name, config.scaling(r, lorma_alpha), torch.finfo(dtype))
         self.lorma_A[adapter_name] = nn.Parameter(torch.empty(r, N, dtype=dtype))
         self.lorma_B[adapter_name] = nn.Parameter(torch.empty(N, r, dtype=dtype))
         self.reset_parameters(adapter_name, config.init_weights)
@@ -125,7 +127,13 @@ class LormaLayer(MagnitudeLayer):
                             nn.init.kaiming_uniform_(factor, a=5**0.5)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Cast the factors (and DoRA's magnitude) of one adapter to ``dtype``."""
+        """Cast the factors (and DoRA's magnitude) of one adapter to ``dtype``.
+
+        Raises:
+            ValueError: the scaling overflows or vanishes there.
+        """
+        if adapter_name in self.scaling:
+            check_scaling(self.layer_name, float(self.scaling[adapter_name]), torch.finfo(dtype))
         super().cast_adapter(adapter_name, dtype)
         self._norms.clear()
 
