@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from lorma.errors import InputError, one_line
 from lorma.export.base import Base, meta_model
 from lorma.export.weights import BaseWeights, LoadedWeights, open_weights
-from lorma.tuners.adapter_file import PREFIX, read_adapter
+from lorma.tuners.adapter_file import read_adapter
 from lorma.tuners.bottleneck import BottleneckConfig
 from lorma.tuners.config import AdapterConfig
 from lorma.tuners.layer import AdapterLayer
+from lorma.tuners.names import PREFIX
 
 NAME = "default"
 

@@ -16,9 +16,10 @@ from lorma import functional
 from lorma._version import __version__
 from lorma.errors import InputError
 from lorma.functional.multiplier import Side
-from lorma.tuners.adapter_file import PREFIX, RANK_DIMENSION, AdapterFile, part_of, read_adapter
+from lorma.tuners.adapter_file import RANK_DIMENSION, AdapterFile, part_of, read_adapter
 from lorma.tuners.lorma import LormaConfig
 from lorma.tuners.lorma.files import LayerFile, layers_of, parts_of
+from lorma.tuners.names import PREFIX
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets")
 OPTIONAL = ("bitsandbytes", "torchao", "triton", "gguf", "llama_cpp_python", "trl", "deepspeed")

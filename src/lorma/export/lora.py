@@ -27,9 +27,10 @@ from lorma.export.forms import LoraForm, lora_form
 from lorma.export.output import ADAPTER, REPORT_FILE
 from lorma.export.truncation import Truncation
 from lorma.files import META_FILE, check_output, write_folder
-from lorma.tuners.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_config
+from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, read_config
 from lorma.tuners.card import About, write_card
 from lorma.tuners.kinds import patterns
+from lorma.tuners.names import PREFIX
 from lorma.tuners.untrusted import copy_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -105,7 +105,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         InputError: whatever is wrong with the folder, or does not fit the base model; one line.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
     adapter = read_adapter(folder)
@@ -116,18 +116,26 @@ def load_adapter(model: Any, folder: Path) -> Any:
     try:
         adapted = wrap(model, adapter.config, low_cpu_mem_usage=bare)
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        for name in sorted(expected.keys() ^ adapter.tensors.keys()):
-            fault = "lacks" if name in expected else "holds"
-            raise InputError(f"{refusal}: its {WEIGHTS_NAME} {fault} {name}, so it belongs to another model")
+        # PEFT also saves embeddings that are adapted or have been resized.
+        copies = (
+            get_peft_model_state_dict(adapted, save_embedding_layers=True) if adapter.tensors.keys() - state else {}
+        )
+        expected = {name: tuple(tensor.shape) for name, tensor in {**copies, **state}.items()}
+        for name in sorted(adapter.tensors.keys() - expected.keys()):
+            raise InputError(f"{refusal}: its {WEIGHTS_NAME} holds {name}, so it belongs to another model")
+        for name in sorted(state.keys() - adapter.tensors.keys()):
+            raise InputError(f"{refusal}: its {WEIGHTS_NAME} lacks {name}, so it belongs to another model")
         for name, shape in expected.items():
-            if adapter.tensors[name].shape != shape:
+            if name in adapter.tensors and adapter.tensors[name].shape != shape:
                 raise InputError(
                     f"{refusal}: {name} has shape {list(adapter.tensors[name].shape)}, the model has room for "
                     f"{list(shape)}"
                 )
         dtypes = {name: parameter.dtype for name, parameter in adapted.named_parameters()}
-        adapted.load_adapter(str(folder), "default", low_cpu_mem_usage=bare)
+        set_peft_model_state_dict(adapted, {name: adapter.read(name) for name in state}, low_cpu_mem_usage=bare)
+        base = adapted.state_dict()
+        for name in adapter.tensors.keys() - state.keys():
+            base[name].copy_(adapter.read(name))
         for name, parameter in adapted.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])  # what is put in place of meta tensors has the file's
     except InputError:

@@ -21,17 +21,15 @@ from torch import Tensor, nn
 
 from lorma.errors import InputError, did_you_mean, one_line
 from lorma.tuners import validation as check
+from lorma.tuners.names import PREFIX, by_unwrapped
 from lorma.tuners.regex_cost import NAME_LENGTH, ways_of
 from lorma.tuners.untrusted import TensorInfo, read_header, read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."
-"""What PEFT calls the base model in the names of weights."""
-
-MAX_FACTOR = 1 << 28
-"""Numbers in one factor: 1 GiB in float32."""
+MAX_FACTOR = check.MAX_RANK
+"""Numbers in one factor."""
 MAX_PATTERNS = 1024
 """Entries of ``rank_pattern`` and the like, each of which PEFT matches against each layer."""
 MAX_WORK = 2 * 10**8
@@ -66,12 +64,14 @@ class AdapterFile:
     Attributes:
         folder: where it lies.
         config: its configuration, of the class that PEFT has for the method.
-        tensors: shapes and dtypes of its weights by name.
+        tensors: shapes and dtypes of its weights by name, without wrappers of the model it was trained on.
+        stored: the names that the file has them under.
     """
 
     folder: Path
     config: PeftConfig
     tensors: dict[str, TensorInfo]
+    stored: dict[str, str]
 
     @property
     def method(self) -> str:
@@ -81,7 +81,7 @@ class AdapterFile:
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
         with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self.stored[name])
         return tensor
 
     def modules(self, part: str) -> list[str]:
@@ -104,7 +104,9 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     config = read_config(folder)
     if not (folder / WEIGHTS_NAME).exists() and (folder / PICKLE_NAME).exists():
         raise InputError(f"{folder} has no {WEIGHTS_NAME}; {PICKLE_NAME} is not read, only safetensors")
-    found = AdapterFile(folder, config, read_header(folder, WEIGHTS_NAME))
+    header = read_header(folder, WEIGHTS_NAME)
+    stored = by_unwrapped(header)
+    found = AdapterFile(folder, config, {name: header[key] for name, key in stored.items()}, stored)
     check_weights(folder, config, found.tensors)
     return found
 
@@ -156,6 +158,10 @@ def _check_common(content: dict[str, Any]) -> None:
     for name in ("r", "init_r", "target_r"):
         if content.get(name) and not isinstance(content[name], int):
             raise TypeError(f"{name}={content[name]!r} must be an int")
+    for name, value in content.items():
+        if name.endswith(("alpha", "alpha_pattern", "dropout")):  # PEFT does not look at its methods' own
+            for number in value.values() if isinstance(value, dict) else [value]:
+                check.check_float32(name, number)
     if not isinstance(content.get("rank_pattern") or {}, dict):
         raise TypeError(f"rank_pattern={content['rank_pattern']!r} must be a dict from module names to ranks")
     for name in ("rank_pattern", "alpha_pattern", "fused_projections"):
@@ -282,7 +288,7 @@ def check_adapter_folder(folder: Path, weights: tuple[str, ...]) -> None:
         check_names(folder, weights, read_header(folder, WEIGHTS_NAME))
 
 
-def check_known(places: set[str], found: Iterable[str], parts: tuple[str, ...]) -> None:
+def check_known(places: Iterable[str], found: Iterable[str], parts: tuple[str, ...]) -> None:
     """Refuse adapter weights that the adapted model has no place for, which PEFT would leave out without a word.
 
     Args:

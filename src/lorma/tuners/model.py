@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lorma.tuners.adapter_file import check_known
@@ -17,6 +18,7 @@ from lorma.tuners.batches import mixed_batch
 from lorma.tuners.encoders import leave_fast_paths, return_to_fast_paths
 from lorma.tuners.kinds import Kinds, check_fan_in_fan_out, check_mamba, layer_class
 from lorma.tuners.layer import AdapterLayer
+from lorma.tuners.names import unwrapped
 from lorma.tuners.originals import MergeReport, remember
 from lorma.tuners.parameter import ParameterWrapper
 from lorma.tuners.quantized import keep_layout, tell_requantization
@@ -47,8 +49,11 @@ class AdapterModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Check what can be checked before the first layer is replaced."""
+        """Check what can be checked before the first layer is replaced; an older adapter of the same name goes."""
         keep_layout(model)
+        for name, config in self.peft_config.items():
+            if config is peft_config:
+                _take_off(model, name)
 
     def layer_options(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:
         """What a layer's adapter is told besides its configuration, such as its rank.
@@ -236,6 +241,24 @@ class AdapterModel(BaseTuner):
                         )
 
     @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As in PEFT, without what adapters of other methods in the same model have there."""
+        others = tuple(
+            f"{path}."
+            for path, layer in model.named_modules()
+            if isinstance(layer, BaseTunerLayer) and not isinstance(layer, cls.tuner_layer_cls)
+        )
+        state = super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        own = (f".{cls.prefix}", ".bias")
+        return {key: value for key, value in state.items() if not key.startswith(others) or any(o in key for o in own)}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As in PEFT; what wrappers put into the names of layers is taken out of those of their factors."""
+        plain = super()._remove_adapter_name_from_key(key, adapter_name)
+        return unwrapped(plain) if f".{cls.prefix}" in plain else plain
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -250,7 +273,10 @@ class AdapterModel(BaseTuner):
                 "the base model lies partly on disk, where PEFT can add LoRA weights only; load it without disk "
                 "offload, add the adapter, then call accelerate's dispatch_model"
             )
+        state_dict = {unwrapped(key) if f".{cls.prefix}" in key else key: value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        known = {unwrapped(key): key for key in model.state_dict()}
+        remapped = {known.get(unwrapped(key), key): value for key, value in remapped.items()}
         places = {
             f"{path}.{factors}.{adapter_name}"
             for path, layer in model.named_modules()
@@ -260,6 +286,16 @@ class AdapterModel(BaseTuner):
         }
         check_known(places, remapped, cls.tuner_layer_cls.adapter_layer_names)
         return remapped
+
+
+def _take_off(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter off the layers and trained modules that have it, as ``get_peft_model`` left it there before."""
+    for module in model.modules():
+        if isinstance(module, AdapterLayer) and adapter_name in module.undo:
+            module.set_adapter([name for name in module.active_adapters if name != adapter_name])
+            module.delete_adapter(adapter_name)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            module.delete_adapter(adapter_name, [])
 
 
 def _put_back(layer: AdapterLayer, put_back: Callable[[], None]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from lorma.functional.multiplier import Side
-from lorma.tuners.adapter_file import PREFIX, AdapterFile, compiled, matching
+from lorma.tuners.adapter_file import AdapterFile, compiled, matching
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.fused import FusedProjection
+from lorma.tuners.names import PREFIX
 
 
 @dataclass(frozen=True)
