@@ -12,6 +12,7 @@ from lorma import InputError, LormaConfig, TLoraConfig
 from lorma.training.inference import load_adapter
 from lorma.tuners import BottleneckConfig
 from lorma.tuners.adapter_file import read_adapter
+from lorma.tuners.lorma.hotswap import hotswap_adapter
 from lorma.tuners.names import by_unwrapped, unwrapped
 
 METHODS = [LormaConfig, TLoraConfig, BottleneckConfig]
@@ -117,6 +118,15 @@ def test_an_adapter_made_on_a_compiled_base(method, bias, bert, x, tmp_path):
         assert_close(loaded(x).logits, want, rtol=0, atol=0)
     compiled = PeftModel.from_pretrained(torch.compile(copy.deepcopy(bert)), tmp_path).eval()
     assert_close(compiled.base_model.model._orig_mod(x).logits, want, rtol=0, atol=0)
+
+
+def test_an_adapter_is_swapped_into_one_on_a_compiled_base(bert, x, tmp_path):
+    config = LormaConfig(r=2, target_modules=["query"])
+    plain = train(get_peft_model(copy.deepcopy(bert), config))
+    plain.save_pretrained(tmp_path)
+    model = get_peft_model(torch.compile(copy.deepcopy(bert)), config).eval()
+    hotswap_adapter(model, tmp_path)
+    assert_close(model.base_model.model._orig_mod(x).logits, plain(x).logits, rtol=0, atol=0)
 
 
 def test_a_trained_head_on_a_compiled_base_is_read_by_lorma(bert, x, tmp_path):

@@ -19,6 +19,7 @@ from lorma.training.models import load_model, load_tokenizer, locate
 from lorma.training.rundir import RunDirectory
 from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
 from lorma.tuners.card import base_code, predictor_code, use_code
+from lorma.tuners.names import renamed
 from lorma.tuners.untrusted import read_json
 
 BATCH = 16
@@ -121,20 +122,22 @@ def load_adapter(model: Any, folder: Path) -> Any:
             get_peft_model_state_dict(adapted, save_embedding_layers=True) if adapter.tensors.keys() - state else {}
         )
         expected = {name: tuple(tensor.shape) for name, tensor in {**copies, **state}.items()}
-        for name in sorted(adapter.tensors.keys() - expected.keys()):
+        names = renamed(adapted, adapter.tensors, expected)
+        found = {names[name]: info for name, info in adapter.tensors.items()}
+        for name in sorted(found.keys() - expected.keys()):
             raise InputError(f"{refusal}: its {WEIGHTS_NAME} holds {name}, so it belongs to another model")
-        for name in sorted(state.keys() - adapter.tensors.keys()):
+        for name in sorted(state.keys() - found.keys()):
             raise InputError(f"{refusal}: its {WEIGHTS_NAME} lacks {name}, so it belongs to another model")
         for name, shape in expected.items():
-            if name in adapter.tensors and adapter.tensors[name].shape != shape:
+            if name in found and found[name].shape != shape:
                 raise InputError(
-                    f"{refusal}: {name} has shape {list(adapter.tensors[name].shape)}, the model has room for "
-                    f"{list(shape)}"
+                    f"{refusal}: {name} has shape {list(found[name].shape)}, the model has room for {list(shape)}"
                 )
         dtypes = {name: parameter.dtype for name, parameter in adapted.named_parameters()}
-        set_peft_model_state_dict(adapted, {name: adapter.read(name) for name in state}, low_cpu_mem_usage=bare)
+        weights = {old: adapter.read(old) for old, name in names.items() if name in state}
+        set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=bare)
         base = adapted.state_dict()
-        for name in adapter.tensors.keys() - state.keys():
+        for name in adapter.tensors.keys() - weights.keys():
             base[name].copy_(adapter.read(name))
         for name, parameter in adapted.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])  # what is put in place of meta tensors has the file's

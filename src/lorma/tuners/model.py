@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from lorma.tuners.batches import mixed_batch
 from lorma.tuners.encoders import leave_fast_paths, return_to_fast_paths
 from lorma.tuners.kinds import Kinds, check_fan_in_fan_out, check_mamba, layer_class
 from lorma.tuners.layer import AdapterLayer
-from lorma.tuners.names import unwrapped
+from lorma.tuners.names import renamed, unwrapped
 from lorma.tuners.originals import MergeReport, remember
 from lorma.tuners.parameter import ParameterWrapper
 from lorma.tuners.quantized import keep_layout, tell_requantization
@@ -259,6 +259,14 @@ class AdapterModel(BaseTuner):
         return unwrapped(plain) if f".{cls.prefix}" in plain else plain
 
     @classmethod
+    def _new_names(cls, model: nn.Module, adapter_name: str, keys: Iterable[str]) -> dict[str, str]:
+        """Names of an adapter's weights without wrappers and as the model's modules are called now, by those given."""
+        plain = {key: unwrapped(key) if f".{cls.prefix}" in key else key for key in keys}
+        known = {cls._remove_adapter_name_from_key(key, adapter_name) for key in model.state_dict()}
+        new = renamed(model, plain.values(), known)
+        return {key: new[name] for key, name in plain.items()}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -273,7 +281,8 @@ class AdapterModel(BaseTuner):
                 "the base model lies partly on disk, where PEFT can add LoRA weights only; load it without disk "
                 "offload, add the adapter, then call accelerate's dispatch_model"
             )
-        state_dict = {unwrapped(key) if f".{cls.prefix}" in key else key: value for key, value in state_dict.items()}
+        names = cls._new_names(model, adapter_name, state_dict)
+        state_dict = {names[key]: value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = {unwrapped(key): key for key in model.state_dict()}
         remapped = {known.get(unwrapped(key), key): value for key, value in remapped.items()}

@@ -19,6 +19,7 @@ from lorma.tuners.adapter_file import check_adapter_folder
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.dispatch import by_layer, rank_and_alpha
 from lorma.tuners.lorma.layer import LormaLayer
+from lorma.tuners.names import PREFIX, unwrapped
 from lorma.tuners.validation import check_rank
 
 SAME = ("inflation", "side", "use_dora", "fused_projections", "target_parameters", "lorma_dropout")
@@ -88,8 +89,8 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
             raise ValueError(
                 f"adapters with different {key} cannot be swapped: {ours!r} is loaded, {path} has {theirs!r}"
             )
-    prefix = "base_model.model."
-    state = {k.removeprefix(prefix): v for k, v in load_peft_weights(str(path), device="cpu", **kwargs).items()}
+    weights = load_peft_weights(str(path), device="cpu", **kwargs)
+    state = {unwrapped(name).removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     swaps: list[tuple[Tensor, Tensor]] = []
     layers = []
     for name, layer in inner.named_modules():
@@ -100,7 +101,11 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         layers.append(layer)
         for held in layer.adapter_layer_names:
             if adapter_name in getattr(layer, held):
-                swaps.append(_fitting(f"{name.removeprefix(prefix)}.{held}", getattr(layer, held)[adapter_name], state))
+                swaps.append(
+                    _fitting(
+                        f"{unwrapped(name).removeprefix(PREFIX)}.{held}", getattr(layer, held)[adapter_name], state
+                    )
+                )
     if state:
         raise ValueError(f"{path} holds {next(iter(state))}, which the loaded adapter does not have")
     with torch.no_grad():

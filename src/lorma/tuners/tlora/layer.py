@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorma import functional
 from lorma.tuners.layer import AdapterLayer
+from lorma.tuners.names import unwrapped
 from lorma.tuners.placing import execution_device
 from lorma.tuners.tlora.config import TLoraConfig
 
@@ -35,17 +36,19 @@ class TLoraLayer(AdapterLayer):
 
     Attributes, each keyed by adapter name: ``tlora_B`` (r × r) and ``tlora_scale`` (one number), trained; ``tlora_A``
     (k × r) and ``tlora_C`` (r × d), buffers; ``r``, ``seed``, ``tlora_dropout``, ``undo``; and on the first layer of
-    an adapter ``tlora_checksum``, 8 bytes and one more for each of the adapter's layers.
+    an adapter ``tlora_checksum``, 8 bytes and one more for each of the adapter's layers. ``drawn_as`` has the name that
+    the layer was trained under, where transformers has renamed it since.
     """
 
     adapter_layer_names = ("tlora_B", "tlora_scale")
     fixed_names = ("tlora_A", "tlora_C")
-    other_param_names = ("r", "seed", "tlora_dropout", "undo", "tlora_A", "tlora_C", "tlora_checksum")
+    other_param_names = ("r", "seed", "tlora_dropout", "undo", "tlora_A", "tlora_C", "tlora_checksum", "drawn_as")
 
     def __init__(self, base_layer: nn.Module, layer_name: str, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, layer_name, **quantization_kwargs)
         self.r: dict[str, int] = {}
         self.seed: dict[str, int] = {}
+        self.drawn_as: dict[str, str] = {}
         self.tlora_dropout = nn.ModuleDict({})
         self.tlora_B = nn.ParameterDict({})
         self.tlora_scale = nn.ParameterDict({})
@@ -103,7 +106,7 @@ class TLoraLayer(AdapterLayer):
 
         What ``torch.compile`` puts into the names of modules is left out: the matrices are those of the plain model.
         """
-        name = self.layer_name.replace("_orig_mod.", "")
+        name = unwrapped(self.drawn_as.get(adapter_name, self.layer_name))
         return functional.draw_projections(self.seed[adapter_name], name, *self.matrix_shape, self.r[adapter_name])
 
     def projection_checksum(self, adapter_name: str) -> bytes:

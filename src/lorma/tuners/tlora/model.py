@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorma import functional
 from lorma.tuners.kinds import from_pattern
 from lorma.tuners.model import AdapterModel
+from lorma.tuners.names import PREFIX, unwrapped
 from lorma.tuners.tlora.layer import TLoraLayer
 from lorma.tuners.tlora.layers import KINDS, ParamWrapper
 
@@ -73,7 +74,10 @@ class TLoraModel(AdapterModel):
                 f"{2 * len(layers) if config.save_projection else 'none'}"
             )
         if not stored:
-            _verify(layers, adapter_name, state_dict)
+            older = _older_names(cls._new_names(model, adapter_name, state_dict))
+            _verify(layers, adapter_name, state_dict, older)
+            if any(adapter_name in layer.drawn_as for layer in layers):
+                state_dict = _with_projections(model, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -94,7 +98,44 @@ def _verify_loaded(tuner: Any, _: Any) -> None:
             _verify(layers, name, {CHECKSUM: layers[0].tlora_checksum[name]})
 
 
-def _verify(layers: list[TLoraLayer], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+def _with_projections(
+    model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights with A and C in place of their checksum, as saved with ``save_projection``, which is set.
+
+    For matrices that were drawn for names that the modules do not have any more: nobody could draw them again from a
+    file with the names of now.
+    """
+    state_dict = {key: value for key, value in state_dict.items() if CHECKSUM not in key}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, TLoraLayer) or adapter_name not in layer.undo:
+            continue
+        for name in layer.fixed_names:
+            held = getattr(layer, name)
+            held.put(adapter_name, held[adapter_name], saved=True)
+            state_dict[f"{path}.{name}"] = held[adapter_name]
+        if adapter_name in layer.tlora_checksum:
+            del layer.tlora_checksum[adapter_name]
+    config.save_projection = True
+    return state_dict
+
+
+def _older_names(new_names: dict[str, str]) -> dict[str, str]:
+    """Names of layers in a file that the model has under another name, by that name."""
+    keys = {new: old for old, new in new_names.items() if new != old and ".tlora_B" in new}
+    return {_path(new): _path(old) for new, old in keys.items()}
+
+
+def _path(key: str) -> str:
+    return unwrapped(key).partition(".tlora_B")[0].removeprefix(PREFIX)
+
+
+def _verify(
+    layers: list[TLoraLayer],
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    older: dict[str, str] | None = None,
+) -> None:
     found = [value for key, value in state_dict.items() if CHECKSUM in key]
     size = 8 + len(layers)
     if len(found) != 1 or found[0].dtype != torch.uint8 or found[0].shape != (size,):
@@ -105,6 +146,8 @@ def _verify(layers: list[TLoraLayer], adapter_name: str, state_dict: dict[str, T
     stated = found[0].cpu()
     if not torch.equal(stated, _checksum(layers, adapter_name)):
         for layer in layers:
+            if layer.layer_name in (older or {}):
+                layer.drawn_as[adapter_name] = (older or {})[layer.layer_name]
             layer.redraw(adapter_name)
     differs = (stated != _checksum(layers, adapter_name)).nonzero().flatten().tolist()
     if differs:
