@@ -14,8 +14,8 @@ MAY_IMPORT = {
     "tuners": {"kernels", "functional", "errors"},
     "tasks": {"errors"},
     "analysis": {"errors", "files", "yaml_text"},
-    "training": {"tuners", "tasks", "analysis", "errors", "files", "yaml_text", "_version"},
-    "export": {"tuners", "kernels", "functional", "errors", "files", "_version"},
+    "training": {"tuners", "tasks", "analysis", "errors", "files", "gguf_header", "yaml_text", "_version"},
+    "export": {"tuners", "kernels", "functional", "errors", "files", "gguf_header", "_version"},
     "cli": {"training", "export", "tasks", "analysis", "errors", "files", "_version"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +33,9 @@ def predict(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
     base: BaseOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length limit of a completion; the model's positions bound it as well.")
+    ] = 128,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the base model's repository run its own Python.")
     ] = False,
@@ -52,7 +55,7 @@ def predict(
         rows = read_prediction_rows(file, predictor.meta)
     else:
         rows = [text_row(predictor.meta, *pair) for pair in zip_longest(text or [], text_pair or [])]
-    answers = predictor.predict(rows, max_new_tokens)
+    answers = predictor.predict(rows, max_new_tokens, say=partial(typer.echo, err=True))
     inputs = list(input_columns(predictor.meta).values())
     if output:
         lines = [

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from lorma.errors import InputError, one_line
+from lorma.gguf_header import gguf_values
 from lorma.tuners.card import on_hub
 
 AUTO_MODELS = {
@@ -31,9 +32,6 @@ AUTO_MODELS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-GGUF_STRING = 8
-GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Types of values in a GGUF file, and the bytes of those that have a fixed size."""
 UNREADABLE = (
     OSError,
     ValueError,
@@ -45,8 +43,6 @@ UNREADABLE = (
     StrictDataclassError,
 )
 """What transformers raises for a configuration, or the head of a GGUF file, that is missing or nonsense."""
-MAX_TEXT = 1 << 20
-"""Bytes of one text that are read of a GGUF file."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,9 @@ class Base:
             type, then ``architectures`` of the model's configuration.
         model_kwargs: further arguments of ``from_pretrained`` that change the configuration, such as ``num_labels``.
         trust_remote_code: let the repository's own Python run.
+        pad_token: the tokenizer's padding token, where it has none of its own.
+        stop_tokens: tokens that end an answer besides those that the base model's generation settings name.
+        load_kwargs: arguments of ``from_pretrained`` that others need to load the base model for the adapter.
     """
 
     path: str
@@ -69,6 +68,9 @@ class Base:
     auto_model: str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    pad_token: str | None = None
+    stop_tokens: Sequence[str] = ()
+    load_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def hub_kwargs(self) -> dict[str, Any]:
         """Arguments that every ``from_pretrained`` of this base takes."""
@@ -124,8 +126,7 @@ def _check_gguf(base: Base, name: str) -> None:
 
     try:
         found = cached_file(base.path, name, revision=base.revision)
-        with open(str(found), "rb") as file:
-            kind = _gguf_type(file)
+        kind = gguf_values(Path(str(found)), ["general.type"]).get("general.type")
     except OSError as error:
         raise InputError(f"base model {base.path!r} cannot be read: {one_line(error)}") from None
     if kind not in (None, "model"):
@@ -133,29 +134,6 @@ def _check_gguf(base: Base, name: str) -> None:
             f"base model {base.path!r}: {name} is a GGUF file of the type {one_line(repr(kind), 60)}, not a "
             "model; name the file of the model"
         )
-
-
-def _gguf_type(file: BinaryIO) -> str | None:
-    """``general.type`` of a GGUF file, which lies before all lists; the vocabulary's takes seconds to read."""
-
-    def number(form: str) -> int:
-        return int(struct.unpack(form, file.read(struct.calcsize(form)))[0])
-
-    try:
-        file.seek(16)  # magic number, version, number of tensors
-        for _ in range(number("<Q")):
-            key, kind = file.read(min(number("<Q"), MAX_TEXT)), number("<I")
-            if kind == GGUF_STRING:
-                value = file.read(min(number("<Q"), MAX_TEXT))
-                if key == b"general.type":
-                    return value.decode(errors="replace")
-            elif kind in GGUF_SIZES:
-                file.seek(GGUF_SIZES[kind], io.SEEK_CUR)
-            else:
-                return None
-    except struct.error:  # it ends early; transformers says what is wrong with it
-        pass
-    return None
 
 
 def auto_class(base: Base, config: Any, task_type: str | None) -> Any:

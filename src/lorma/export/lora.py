@@ -91,7 +91,8 @@ def export_lora(
     forms = forms_of(adapted, truncation, DTYPES[dtype])
     names = _module_names(adapted.peft_model)
     config, state = _as_peft(adapted.config, forms, names, adapted.others, uniform_rank)
-    recorded, arguments = config.base_model_name_or_path, {"gguf_file": base.gguf_file, "revision": base.revision}
+    recorded = config.base_model_name_or_path
+    arguments = {"gguf_file": base.gguf_file, "revision": base.revision, **base.load_kwargs}
     config.base_model_name_or_path = served_name(base, recorded)
     about = About(None if config.base_model_name_or_path else recorded, arguments=arguments)
     reports = [LayerReport(form.path, form.rank, form.error, form.change) for form in forms]

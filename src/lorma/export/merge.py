@@ -86,8 +86,8 @@ def merge(adapter: Path, output: Path, base: Base, *, verify: bool = True) -> Me
     def fill(folder: Path) -> None:
         nonlocal compared, note
         folder.mkdir(parents=True)
+        _write_rest(adapted, plan, adapter, folder)  # first, as it is quick and may fail
         counted.append(_write_weights(plan, folder))
-        _write_rest(adapted, plan, adapter, folder)
         if verify:
             expected = load_adapted_outputs(adapted, adapter)
             compared = check_same(expected, type(adapted.peft_model.get_base_model()), folder)
@@ -232,16 +232,15 @@ def _write_rest(adapted: Adapted, plan: Plan, adapter: Path, folder: Path) -> No
     if hasattr(config, "quantization_config"):  # a GGUF file's, which is unpacked here
         del config.quantization_config
     config.save_pretrained(folder)
-    if base.gguf_file:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(base.path, **base.hub_kwargs()).save_pretrained(folder)
-        if isinstance(adapted.weights, LoadedWeights) and adapted.weights.model.can_generate():
-            adapted.weights.model.generation_config.save_pretrained(folder)
-    else:
+    if not base.gguf_file:
         _copy_files(base, folder)
-        if model.can_generate() and not (folder / GENERATION_FILE).exists():
-            _generation_settings(base).to_json_file(folder / GENERATION_FILE)
+    tokenizer = None
+    if base.gguf_file or base.pad_token or base.stop_tokens:
+        tokenizer = _settle_tokenizer(base, folder)
+    if model.can_generate() and not (folder / GENERATION_FILE).exists():
+        _generation_settings(adapted).to_json_file(folder / GENERATION_FILE)
+    if model.can_generate() and base.stop_tokens:
+        _write_stops(base, tokenizer, folder / GENERATION_FILE)
     copy_json(adapter, META_FILE, folder)
     card = merged_card(adapted.config, served_name(base, adapted.config.base_model_name_or_path))
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -258,10 +257,39 @@ def _copy_files(base: Base, folder: Path) -> None:
         shutil.copyfile(template, folder / TEMPLATES / template.name)
 
 
-def _generation_settings(base: Base) -> Any:
-    """Those of an older checkpoint, which keeps them in its config.json; transformers' configuration drops them."""
+def _settle_tokenizer(base: Base, folder: Path) -> Any:
+    """The base model's tokenizer, with the padding token of training; written where it is not copied as it is."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(base.path, **base.hub_kwargs())
+    settled = tokenizer.pad_token is None and base.pad_token in tokenizer.get_vocab()
+    if settled:
+        tokenizer.pad_token = base.pad_token
+    if settled or base.gguf_file:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _generation_settings(adapted: Adapted) -> Any:
+    """Those of a GGUF file, or of an older checkpoint, which keeps them in its config.json."""
     from transformers import GenerationConfig
 
+    if adapted.base.gguf_file and isinstance(adapted.weights, LoadedWeights):
+        return adapted.weights.model.generation_config
+    base = adapted.base
     return GenerationConfig.from_pretrained(
         base.path, config_file_name="config.json", revision=base.revision or "main", _from_model_config=True
     )
+
+
+def _write_stops(base: Base, tokenizer: Any, file: Path) -> None:
+    """Add what training taught the model to stop at to its generation settings; everything else stays as it is."""
+    vocabulary = tokenizer.get_vocab()
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    own = settings.get("eos_token_id")
+    ids = [*(own if isinstance(own, list) else [own]), *(vocabulary.get(token) for token in base.stop_tokens)]
+    known = list(dict.fromkeys(number for number in ids if number is not None))
+    if known:
+        settings["eos_token_id"] = known if len(known) > 1 else known[0]
+        settings.pop("_from_model_config", None)
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

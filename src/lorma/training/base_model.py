@@ -12,6 +12,7 @@ from lorma.training.models import load_tokenizer
 from lorma.training.packaged import Source, find_model
 from lorma.training.recipe import ModelSpec
 from lorma.training.rundir import RunDirectory
+from lorma.training.settled import read_settled
 from lorma.tuners.adapter_file import CONFIG_NAME, read_config
 from lorma.tuners.untrusted import read_json
 
@@ -56,7 +57,14 @@ def base_arguments(folder: Path, base: str | None = None, *, trust_remote_code: 
         task = get_task(fields["task"])
         # Language models are used as published; only the others need the tokenizer, which costs time in a GGUF file.
         kwargs = {} if isinstance(task, CausalLM) else task.model_kwargs(fields, load_tokenizer(spec))
-        arguments |= {"auto_model": task.auto_model, "model_kwargs": kwargs}
+        settled = read_settled(folder)
+        arguments |= {
+            "auto_model": task.auto_model,
+            "model_kwargs": kwargs,
+            "pad_token": settled.pad_token,
+            "stop_tokens": settled.stop_tokens,
+            "load_kwargs": settled.load,
+        }
     return arguments
 
 

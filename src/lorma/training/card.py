@@ -7,16 +7,18 @@ from typing import Any
 
 from lorma.training.packaged import ALIASES
 from lorma.training.recipe import Recipe
+from lorma.training.settled import Settled
 from lorma.tuners.card import About
 from lorma.yaml_text import dump_yaml
 
 
-def about_training(recipe: Recipe, model: str, summary: dict[str, Any]) -> About:
+def about_training(recipe: Recipe, model: str, settled: Settled, summary: dict[str, Any]) -> About:
     """What a card says about a run. The folder may go anywhere: paths of this machine are left out of the text.
 
     Args:
         recipe: what was trained.
         model: the name by which the base model is remembered.
+        settled: what training settled on the base model.
         summary: of the finished run.
     """
     content = recipe.model_dump(exclude={"output", "compare"}, exclude_none=True)
@@ -31,7 +33,7 @@ def about_training(recipe: Recipe, model: str, summary: dict[str, Any]) -> About
         f"{dump_yaml(content)}```\n"
     )
     alias = model if model in ALIASES else None
-    return About(alias, recipe.model.quantization, recipe.model.model_dump(), text)
+    return About(alias, recipe.model.quantization, {**recipe.model.model_dump(), **settled.load}, text)
 
 
 def _without_folder(value: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ import torch
 from lorma.errors import InputError, one_line, reading
 from lorma.files import META_FILE
 from lorma.tasks import CausalLM, Task, get_task
+from lorma.tasks.stopping import stop_token_ids
 from lorma.training.base_model import find_base, named_base, read_meta
 from lorma.training.methods.adalora import loss_of_the_task
 from lorma.training.models import load_model, load_tokenizer, locate
+from lorma.training.positions import position_limit
 from lorma.training.rundir import RunDirectory
+from lorma.training.settled import read_settled
 from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
 from lorma.tuners.card import base_code, predictor_code, use_code
 from lorma.tuners.names import renamed
@@ -27,40 +32,97 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model ready to answer, with the tokenizer, the task and the description of its data."""
+    """A model ready to answer, with the tokenizer, the task and the description of its data.
+
+    Attributes:
+        stops: tokens that end a completion.
+        positions: tokens of a prompt and its completion together, at most; None where nothing limits them.
+    """
 
     model: Any
     tokenizer: Any
     task: Task
     meta: dict[str, Any]
+    stops: tuple[int, ...] = ()
+    positions: int | None = None
 
     @torch.no_grad()
-    def predict(self, rows: Sequence[dict[str, Any]], max_new_tokens: int = 128) -> list[dict[str, Any]]:
-        """One answer a row: ``label`` and ``score``, ``value``, or the ``completion`` (greedy, at most so many tokens).
+    def predict(
+        self, rows: Sequence[dict[str, Any]], max_new_tokens: int = 128, *, say: Callable[[str], object] | None = None
+    ) -> list[dict[str, Any]]:
+        """One answer a row: ``label`` and ``score``, ``value``, or the ``completion``.
+
+        A completion is greedy. It ends at the first of the model's stop tokens, after ``max_new_tokens``, or where the
+        model has no more positions.
+
+        Args:
+            say: called with a line where positions allow fewer tokens than ``max_new_tokens``.
 
         Raises:
-            InputError: a row without the columns that the task reads.
+            InputError: a row without the columns that the task reads, or with a prompt that fills all positions.
         """
+        batches = [
+            self.task.encode(rows[start : start + BATCH], self.meta, self.tokenizer)
+            for start in range(0, len(rows), BATCH)
+        ]
         answers: list[dict[str, Any]] = []
-        for start in range(0, len(rows), BATCH):
-            batch = self.task.encode(rows[start : start + BATCH], self.meta, self.tokenizer).to(self.model.device)
-            if isinstance(self.task, CausalLM):
-                answers.extend(self._complete(batch, max_new_tokens))
-            else:
-                decode: Any = self.task
-                answers.extend(decode.decode_outputs(self.model(**batch).logits.float().cpu(), self.meta))
+        if isinstance(self.task, CausalLM):
+            rooms = [self._room(batch, BATCH * number) for number, batch in enumerate(batches)]
+            least = min((room for batch in rooms for room in batch), default=max_new_tokens)
+            if least < max_new_tokens and say is not None:
+                say(
+                    f"note: the model has {self.positions} positions, so that completions are bounded by what the "
+                    f"prompt leaves of them, here by {least} tokens and not by {max_new_tokens}"
+                )
+            for batch, room in zip(batches, rooms, strict=True):
+                answers.extend(self._complete(batch.to(self.model.device), room, max_new_tokens))
+            return answers
+        decode: Any = self.task
+        for batch in batches:
+            logits = self.model(**batch.to(self.model.device)).logits
+            answers.extend(decode.decode_outputs(logits.float().cpu(), self.meta))
         return answers
 
-    def _complete(self, batch: Any, max_new_tokens: int) -> list[dict[str, Any]]:
-        ids = self.model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+    def _room(self, batch: Any, before: int) -> list[int]:
+        """The tokens that may follow each prompt; ``before`` is how many rows lie before this batch."""
+        room = [(self.positions or sys.maxsize) - length for length in batch["attention_mask"].sum(1).tolist()]
+        for number, left in enumerate(room, start=before + 1):
+            if left < 1:
+                raise InputError(
+                    f"row {number} to predict: its prompt has {(self.positions or 0) - left} tokens and leaves none of "
+                    f"the model's {self.positions} positions for a completion"
+                )
+        return room
+
+    def _complete(self, batch: Any, room: list[int], max_new_tokens: int) -> list[dict[str, Any]]:
+        """Completions of one batch. Prompts near the last position go alone, so that they do not shorten others."""
+        together = [row for row, left in enumerate(room) if left >= max_new_tokens]
+        groups = [together] if together else []
+        texts: dict[int, str] = {}
+        for group in groups + [[row] for row in range(len(room)) if row not in together]:
+            mask = batch["attention_mask"][group]
+            longest = int(mask.sum(1).max())
+            new = self._generate(
+                batch["input_ids"][group, -longest:],
+                mask[:, -longest:],
+                min(max_new_tokens, *(room[row] for row in group)),
+            )
+            texts |= dict(zip(group, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
+        return [{"completion": texts[row]} for row in range(len(room))]
+
+    def _generate(self, ids: Any, mask: Any, max_new_tokens: int) -> list[list[int]]:
+        stops = set(self.stops)
+        made = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=list(self.stops) or None,
+            tokenizer=self.tokenizer,
         )
-        new = ids[:, batch["input_ids"].shape[1] :]
-        return [{"completion": text} for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        new: list[list[int]] = made[:, ids.shape[1] :].tolist()
+        return [list(takewhile(lambda token: token not in stops, row)) for row in new]
 
 
 def load_predictor(path: str | Path, base: str | None = None, *, trust_remote_code: bool = False) -> Predictor:
@@ -90,11 +152,16 @@ def load_predictor(path: str | Path, base: str | None = None, *, trust_remote_co
             spec = spec.model_copy(update={"name": named.name, "gguf_file": named.gguf_file, "revision": None})
         find_base(folder, spec, named=base is not None)
     tokenizer = load_tokenizer(spec)
+    meta["max_length"] = min(meta["max_length"], tokenizer.model_max_length)
     model: Any = load_model(spec, task.auto_model, **task.model_kwargs(meta, tokenizer))
+    stops, positions = [], None
+    if isinstance(task, CausalLM):
+        stops = stop_token_ids(tokenizer, model.generation_config, read_settled(folder).stop_tokens)
+        positions = position_limit(model.config, None, trust_remote_code)
     if not whole:
         model = load_adapter(model, folder)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return Predictor(model.to(device).eval(), tokenizer, task, meta)
+    return Predictor(model.to(device).eval(), tokenizer, task, meta, tuple(stops), positions)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -192,7 +259,7 @@ def usage_lines(run: RunDirectory) -> list[str]:
     if run.model.is_dir():
         return ["import transformers", f"model = {base_code(task.auto_model, str(run.model), arguments)}"]
     source = locate(recipe.model)
-    arguments |= {"gguf_file": source.gguf_file, "revision": source.revision}
+    arguments |= {"gguf_file": source.gguf_file, "revision": source.revision, **read_settled(run.adapter).load}
     if not isinstance(task, CausalLM):
         meta = read_json(run.adapter, META_FILE)["data"]
         arguments["num_labels"] = len(meta["labels"] or [0])

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
+from lorma.gguf_header import gguf_values
+from lorma.tasks.base import set_padding
 from lorma.training.methods import Method
 from lorma.training.methods.whole import head_parameters
 from lorma.training.packaged import Source, find_model, install_hint
+from lorma.training.positions import position_limit
 from lorma.tuners.pickled import conversion_hint
 from lorma.tuners.quantized import keep_layout, prepare_gguf_for_training
 from lorma.tuners.targets import near_modules
@@ -34,15 +38,36 @@ def locate(spec: ModelSpec) -> Source:
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model.
+    """The tokenizer of a base model, settled for it: training and every way back have theirs from here.
+
+    It has a padding token (see :func:`lorma.tasks.base.set_padding`), and its ``model_max_length`` is no more than the
+    model has positions for.
 
     Raises:
-        InputError: it cannot be loaded; one line that names the model.
+        InputError: it cannot be loaded, or cannot pad; one line that names the model.
     """
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, spec, {})
+    set_padding(tokenizer)
+    limit = _position_limit(spec, tokenizer.pad_token_id)
+    if limit is not None and limit < tokenizer.model_max_length:
+        tokenizer.model_max_length = limit
     return tokenizer
+
+
+def _position_limit(spec: ModelSpec, pad_token_id: int | None) -> int | None:
+    source = locate(spec)
+    if not source.gguf_file:
+        return position_limit(load_config(spec), pad_token_id, spec.trust_remote_code)
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(source.path, source.gguf_file, revision=source.revision)
+        found: Any = gguf_values(Path(str(file)), ["*.context_length"]).get("*.context_length")
+    except OSError:
+        return None  # loading the model says what is wrong with it
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def load_config(spec: ModelSpec) -> Any:
@@ -56,8 +81,16 @@ def load_config(spec: ModelSpec) -> Any:
     return _load(AutoConfig, spec, {})
 
 
-def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    spec: ModelSpec, auto_model: str, *, say: Callable[[str], object] | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """A base model with the head that ``auto_model`` (the name of a transformers auto class) gives it.
+
+    With ``num_labels``, a head in the checkpoint that is for another number of labels is replaced by a new one.
+
+    Args:
+        say: called with a line about such a new head.
+        kwargs: further arguments of ``from_pretrained``.
 
     Raises:
         InputError: it cannot be loaded; one line that names the model.
@@ -73,7 +106,13 @@ def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedMod
             kwargs["quantization_config"] = _bitsandbytes_config(spec, auto_model)
     elif hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model: PreTrainedModel = _load(getattr(transformers, auto_model), spec, kwargs)
+    auto = getattr(transformers, auto_model)
+    model: PreTrainedModel
+    if "num_labels" in kwargs:
+        model, report = _load(auto, spec, kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True})
+        _check_head(spec, model, report["mismatched_keys"], say)
+    else:
+        model = _load(auto, spec, kwargs)
     if packed:
         prepare_gguf_for_training(model)
         if spec.quantization:
@@ -82,6 +121,25 @@ def load_model(spec: ModelSpec, auto_model: str, **kwargs: Any) -> PreTrainedMod
         keep_layout(model)
         _check_layout(model)
     return model
+
+
+def _check_head(
+    spec: ModelSpec, model: Any, mismatched: Iterable[tuple[Any, ...]], say: Callable[[str], object] | None
+) -> None:
+    """Say that a head is new, or refuse weights of another size in the model below the head (``InputError``)."""
+    sizes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in mismatched}
+    for name, (stored, wanted) in sizes.items():
+        if name.startswith(f"{model.base_model_prefix}."):
+            raise InputError(
+                f"model.name={spec.name!r} cannot be loaded: {name} is {stored} in its weights and {wanted} by its "
+                "configuration"
+            )
+    if sizes and say is not None:
+        name, (stored, wanted) = max(sizes.items(), key=lambda item: len(item[1][0]))
+        say(
+            f"  the head of {spec.name} is for {stored[0]} labels ({name}), this task needs {wanted[0]}: a new head is "
+            "made and trained"
+        )
 
 
 def _bitsandbytes_config(spec: ModelSpec, auto_model: str) -> Any:

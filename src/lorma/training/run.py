@@ -30,6 +30,7 @@ from lorma.training.models import attach, count_parameters, load_model, load_tok
 from lorma.training.processes import processes
 from lorma.training.recipe import Recipe
 from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory
+from lorma.training.settled import Settled, settle, try_saving
 from lorma.training.trainer import MethodTrainer
 from lorma.tuners.card import write_card
 
@@ -55,9 +56,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     reset_peak_memory()
     tokenizer = load_tokenizer(recipe.model)
     prepared = task.prepare(recipe.data, tokenizer)
-    base = load_model(recipe.model, task.auto_model, **prepared.model_kwargs)
+    notes: list[str] = []
+    base = load_model(recipe.model, task.auto_model, say=notes.append, **prepared.model_kwargs)
+    settled = settle(recipe.model, task, base, tokenizer, prepared.model_kwargs, new_head=bool(notes))
     method = get_method(recipe.method)
     model = attach(base, method, recipe.adapter, task.peft_task_type)
+    if processes().is_main_process:
+        try_saving(recipe.model, model, tokenizer, notes.append)
     if recipe.train.gradient_checkpointing:
         base.enable_input_require_grads()
 
@@ -74,6 +79,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
             f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
             f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}"
         )
+        for note in notes:
+            console.print(note)
         if checkpoint:
             console.print(f"  going on from step {run.last_step()}")
 
@@ -97,7 +104,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
             trainer.evaluate()
         if processes().is_main_process:
             summary = _summary(recipe, task, run, recorder, counts, prepared, adapted_modules(model))
-            _save(trainer, recipe, run, prepared.meta, summary)
+            _save(trainer, recipe, run, prepared.meta, settled, summary)
             write_atomic(run.summary_file, json.dumps(summary, indent=2) + "\n")
             for line in closing_lines(summary):
                 console.print(line)
@@ -152,7 +159,14 @@ def _evaluations(run: RunDirectory, at_step: int | None = None) -> list[dict[str
     ]
 
 
-def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, Any], summary: dict[str, Any]) -> None:
+def _save(
+    trainer: Trainer,
+    recipe: Recipe,
+    run: RunDirectory,
+    meta: dict[str, Any],
+    settled: Settled,
+    summary: dict[str, Any],
+) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     name = locate(recipe.model).remembered
 
@@ -163,13 +177,13 @@ def _save(trainer: Trainer, recipe: Recipe, run: RunDirectory, meta: dict[str, A
             base.name_or_path = base.config._name_or_path = name
             model.peft_config["default"].base_model_name_or_path = name
             model.save_pretrained(folder, save_embedding_layers=False)
-            write_card(folder, model.peft_config["default"], about_training(recipe, name, summary))
+            write_card(folder, model.peft_config["default"], about_training(recipe, name, settled, summary))
         else:
             model.save_pretrained(folder)
             tokenizer: Any = trainer.processing_class
             tokenizer.save_pretrained(folder)
         asked = recipe.model.model_dump(exclude={"trust_remote_code"})
-        kept = {"model": asked | {"name": name}, "data": meta}
+        kept = {"model": asked | {"name": name}, "data": meta, "settled": settled.as_json()}
         (folder / META_FILE).write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")
 
     write_folder(run.adapter if hasattr(model, "peft_config") else run.model, fill)

@@ -109,8 +109,16 @@ def base_code(auto_model: str, path: str, arguments: Mapping[str, Any], *, own: 
     Args:
         own: whether lorma may be used, which makes a model from a GGUF file one that can be trained further.
     """
-    defaults: dict[str, Any] = {"dtype": "float32", "trust_remote_code": False}
-    keys = ("gguf_file", "num_labels", "revision", "dtype", "trust_remote_code")
+    defaults: dict[str, Any] = {"dtype": "float32", "trust_remote_code": False, "ignore_mismatched_sizes": False}
+    keys = (
+        "gguf_file",
+        "num_labels",
+        "pad_token_id",
+        "ignore_mismatched_sizes",
+        "revision",
+        "dtype",
+        "trust_remote_code",
+    )
     given = [f"{key}={arguments[key]!r}" for key in keys if arguments.get(key) not in (None, defaults.get(key))]
     packed = arguments.get("gguf_file") is not None
     if packed:
