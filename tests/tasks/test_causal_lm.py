@@ -2,6 +2,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -135,3 +137,106 @@ def test_fields_of_other_tasks(write: Write, tokenizer: PreTrainedTokenizerBase)
         prepare(tokenizer, path, label="a")
     with pytest.raises(InputError, match=r"data\.completion: column 'a' is empty in data\.train row 1"):
         prepare(tokenizer, path, **PAIR)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if think is defined %}[{{ think }}]{% endif %}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def call(name: str, **arguments: object) -> dict[str, object]:
+    return {"type": "function", "id": "c1", "function": {"name": name, "arguments": arguments}}
+
+
+def tool_row(content: object = None, **more: object) -> dict[str, object]:
+    asked = {"role": "assistant", "content": content, "tool_calls": [call("weather", city="Riga")], **more}
+    answer = {"role": "tool", "content": "7 C", "tool_call_id": "c1"}
+    return {"messages": [{"role": "user", "content": "Riga?"}, asked, answer, {"role": "assistant", "content": "7"}]}
+
+
+@pytest.fixture
+def tool_tokenizer(chat_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    chat_tokenizer.chat_template = TOOL_TEMPLATE
+    return chat_tokenizer
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_tool_calls_are_learned(write: Write, tool_tokenizer: PreTrainedTokenizerBase, content: object) -> None:
+    other = tool_row(content)
+    other["messages"][1]["tool_calls"] = [call("time", zone="EET", unit=None)]  # type: ignore[index]
+    path = jsonl(write, [tool_row(content, reasoning_content="hm"), other])
+    made = prepare(tool_tokenizer, path, messages="messages", max_length=400)
+    texts = [learned(tool_tokenizer, row) for row in made.train]
+    assert texts[0] == '<think>hm</think><call>{"name": "weather", "arguments": {"city": "Riga"}}</call></s>\n7</s>\n'
+    assert texts[1] == '<call>{"name": "time", "arguments": {"zone": "EET", "unit": null}}</call></s>\n7</s>\n'
+
+
+def test_tools_and_variables_come_from_their_columns(write: Write, tool_tokenizer: PreTrainedTokenizerBase) -> None:
+    schema = {"name": "weather", "parameters": {"city": {"type": "string"}}}
+    row = {**tool_row(), "tools": [schema], "chat_template_kwargs": {"think": "no"}}
+    made = prepare(tool_tokenizer, jsonl(write, [row, tool_row()]), messages="messages", max_length=400)
+    first, second = (tool_tokenizer.decode(row["input_ids"]) for row in made.train)
+    assert first.startswith("<tools>" + json.dumps([schema]) + "</tools><|user|>[no]Riga?")
+    assert second.startswith("<|user|>Riga?")
+    asked = {**row, "messages": row["messages"][:3]}  # type: ignore[index]
+    for tools in (row["tools"], json.dumps(row["tools"])):
+        ids = CausalLM().encode([{**asked, "tools": tools}], made.meta, tool_tokenizer)["input_ids"][0]
+        assert first.startswith(tool_tokenizer.decode(ids))
+
+
+def test_tool_calls_from_parquet_have_their_own_keys_only(
+    tool_tokenizer: PreTrainedTokenizerBase, tmp_path: Any
+) -> None:
+    other = tool_row()
+    other["messages"][1]["tool_calls"] = [call("time", zone="EET")]  # type: ignore[index]
+    pq.write_table(pa.table({"messages": [r["messages"] for r in (tool_row(), other)]}), tmp_path / "a.parquet")
+    made = prepare(tool_tokenizer, str(tmp_path / "a.parquet"), messages="messages", max_length=400)
+    assert '{"name": "time", "arguments": {"zone": "EET"}}' in learned(tool_tokenizer, made.train[1])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (tool_row(name="Ann"), "row 1, message 2: .* ignores the field 'name' of the role 'assistant'"),
+        ({**tool_row(), "documents": [{"text": "x"}]}, "row 1: .* ignores the column 'documents'"),
+        ({**tool_row(), "tools": "weather"}, "row 1, column 'tools' is text, not a list of objects"),
+        ({**tool_row(), "tools": {"a": 1}}, r"column 'tools' is \{'a': 1\}; allowed: a list of objects"),
+        ({**tool_row(), "chat_template_kwargs": {"thin": 1}}, "'thin' is no variable .* did you mean 'think'"),
+        (tool_row([{"type": "text", "text": "hm"}]), "message 2: .* does not take a list of parts"),
+        (tool_row([{"type": "image"}]), "message 2: content is .* allowed: text, a list of text parts"),
+        ({"messages": '[{"role": "user", "content": "\\ud83d"}]'}, r"row 1 holds \\ud83d, which is half a character"),
+    ],
+)
+def test_what_the_template_would_lose_is_refused(
+    write: Write, tool_tokenizer: PreTrainedTokenizerBase, row: dict[str, object], message: str
+) -> None:
+    path = jsonl(write, [row])
+    with pytest.raises(InputError, match=message):
+        prepare(tool_tokenizer, path, messages="messages")
+
+
+def test_a_template_without_tool_calls_refuses_them(write: Write, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(
+        InputError, match=r"row 1, message 2: .* ignores the field 'tool_calls' of the role 'assistant'"
+    ):
+        prepare(chat_tokenizer, jsonl(write, [tool_row()]), messages="messages")
+    meta = {"format": "messages", "messages": "messages"}
+    with pytest.raises(InputError, match="row to predict, message 2: .* ignores the field 'tool_calls'"):
+        CausalLM().encode([tool_row()], meta, chat_tokenizer)
+
+
+def test_parts_go_to_a_template_that_takes_them(write: Write, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% for p in m.content %}{{ p.text }}{% endfor %}</s>{% endfor %}"
+    )
+    row = {
+        "messages": [
+            {"role": r, "content": [{"type": "text", "text": t}]} for r, t in (("user", "a"), ("assistant", "b"))
+        ]
+    }
+    made = prepare(chat_tokenizer, jsonl(write, [row]), messages="messages")
+    assert learned(chat_tokenizer, made.train[0]) == "<|assistant|>b</s>"

@@ -99,3 +99,63 @@ def test_a_missing_file_suggests_its_neighbour(write: Write) -> None:
 
 def test_very_long_fields(write: Write) -> None:
     assert rows(write("a.csv", "text\n" + "x" * 200_000 + "\n")) == [{"text": "x" * 200_000}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text;label\na, b;1\n", r"one column 'text;label'; .* is the|be the semicolon: set data\.delimiter"),
+        ("a.csv", "text,x;label\na;1\n", r"line 2: 1 fields .* semicolon: set data\.delimiter to ';'"),
+        ("a.tsv", "text,label\na,1\n", r"be the comma: set data\.delimiter to ','"),
+        ("a.csv", "text|label\na|1\n", r"be the vertical bar: set data\.delimiter to '\|'"),
+        (
+            "a.csv",
+            "text,label\nS\xfc\xdf \x80,1\n".encode("latin-1"),
+            "in line 2; it seems to be cp1252: set data.encoding",
+        ),
+        ("a.csv", "text,label\né,1\n".encode("utf-16"), "seems to be utf-16: set data.encoding to utf-16"),
+        ("a.csv", "text,label\na,1\n".encode("utf-16-le"), "seems to be utf-16-le: set data.encoding"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "seems to be utf-16-be: set data.encoding"),
+        ("a.jsonl", '{"a": "x"}\n{"a": "\\ud83d"}\n', r"line 2, column 'a': \\ud83d is half a character"),
+        ("a.json", '[{"a": [{"content": "\\uDE00 x"}]}]', r"item 1, column 'a': \\ude00 is half a character"),
+    ],
+)
+def test_other_separators_and_encodings_are_named(write: Write, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        rows(write(name, content))
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-8", "utf-8-sig"])
+def test_the_separator_and_the_encoding_can_be_set(write: Write, encoding: str) -> None:
+    path = write(
+        "a.csv", "\ufeff"[: encoding == "utf-16-le"].encode(encoding) + 'text;n\n"Süß; 5 €";1\n'.encode(encoding)
+    )
+    read = read_file(Path(path), "data.train", None, ";", encoding).to_list()
+    assert read == [{"text": "Süß; 5 €", "n": "1"}]
+
+
+def test_one_column_whose_texts_hold_semicolons(write: Write) -> None:
+    assert rows(write("a.csv", "text\na; b\nc; d\n")) == [{"text": "a; b"}, {"text": "c; d"}]
+
+
+def test_whole_emoji_are_text(write: Write) -> None:
+    assert rows(write("a.jsonl", '{"a": "\\ud83d\\ude00"}')) == [{"a": "\U0001f600"}]
+
+
+def test_parquet_text_that_is_no_utf_8(tmp_path: Path) -> None:
+    bad = pa.array([b"a", b"\xff"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"row 2, column 'text': not UTF-8"):
+        rows(str(tmp_path / "a.parquet"))
+
+
+def test_objects_keep_their_own_keys(write: Write) -> None:
+    calls = [
+        [{"arguments": {"city": "Riga"}}],
+        [{"arguments": {"days": 3, "unit": None}}],
+        [{"arguments": {"days": 3.5}}],
+    ]
+    read = rows(write("a.jsonl", "".join(json.dumps({"m": call}) + "\n" for call in calls)))
+    assert [json.loads(str(row["m"])) for row in read] == calls

@@ -1,6 +1,7 @@
 """Recipes: what is accepted, what is refused and how it is put."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -248,3 +249,13 @@ def test_the_alias_of_identical_weights_is_remembered_by_its_hub_name():
 
 def test_every_method_of_the_issue_is_there():
     assert {"lorma-plus", "lorma-permutation", "lorma-none", "lorma-plus-post", "lora", "full"} <= set(method_names())
+
+
+def test_every_key_of_a_recipe_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    missing = []
+    for section, field in Recipe.model_fields.items():
+        keys = getattr(field.annotation, "model_fields", {})
+        missing += [key for key in (section, *keys) if not re.search(rf"^ *{key}:|`{key}`", page, re.MULTILINE)]
+    assert len(Recipe.model_fields["data"].annotation.model_fields) > 15
+    assert missing == []

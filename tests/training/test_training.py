@@ -184,7 +184,9 @@ def test_a_csv_of_pairs_with_commas_and_accents(recipe_file, pairs_csv, tmp_path
     assert cli("predict", run, "--file", pairs_csv, "-o", out).code == 0
     answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert answers[0]["first"] == "The plot, alas, is très dull"
-    assert set(answers[0]) == {"first", "second", "label", "score"}
+    assert list(answers[0]) == ["first", "second", "verdict", "predicted_label", "score"]
+    assert cli("predict", run, "--file", pairs_csv, "-o", out, "--overwrite", "--columns", "verdict").code == 0
+    assert set(json.loads(out.read_text().splitlines()[0])) == {"verdict", "predicted_label", "score"}
     needs_two = cli("predict", run, "--text", "alone")
     assert needs_two.code == 2
     assert "takes two texts, one is given" in needs_two.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorma.cli.common import BaseOption, silence_libraries
+from lorma.cli.common import BaseOption, silence_libraries, split_list
 from lorma.errors import InputError
 from lorma.files import check_output, write_atomic
 
@@ -28,6 +27,12 @@ def predict(
     file: Annotated[
         Path | None, typer.Option(help="A .txt file (a text a line) or a table with the training columns.")
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Columns of the file to give beside the answers, parted by commas. [default: all with -o]"),
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="What parts the fields of a CSV or TSV file.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of a text file that is not UTF-8, e.g. cp1252.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")
     ] = None,
@@ -44,30 +49,29 @@ def predict(
         raise InputError("give either --text or --file")
     if text_pair and len(text_pair) != len(text or []):
         raise InputError(f"--text-pair is given {len(text_pair)} times and --text {len(text or [])} times")
+    for option, value in (("columns", columns), ("delimiter", delimiter), ("encoding", encoding)):
+        if value is not None and not file:
+            raise InputError(f"--{option} applies only to --file")
     if output:
         check_output(output, overwrite, *([file] if file else []), kind=None)
     silence_libraries()
-    from lorma.tasks import input_columns, read_prediction_rows, text_row
+    from lorma.tasks import answer_line, kept_columns, read_prediction_rows, text_row
     from lorma.training.inference import load_predictor
 
     predictor = load_predictor(source, base, trust_remote_code=trust_remote_code)
     if file:
-        rows = read_prediction_rows(file, predictor.meta)
+        rows = read_prediction_rows(file, predictor.meta, delimiter=delimiter, encoding=encoding)
     else:
         rows = [text_row(predictor.meta, *pair) for pair in zip_longest(text or [], text_pair or [])]
+    kept = kept_columns(rows, predictor.meta, split_list(columns), written=output is not None)
     answers = predictor.predict(rows, max_new_tokens, say=partial(typer.echo, err=True))
-    inputs = list(input_columns(predictor.meta).values())
     if output:
-        lines = [
-            json.dumps({**{column: row[column] for column in inputs}, **answer}, ensure_ascii=False)
-            for row, answer in zip(rows, answers, strict=True)
-        ]
+        lines = [answer_line(row, answer, kept) for row, answer in zip(rows, answers, strict=True)]
         write_atomic(output, "\n".join(lines) + "\n")
         typer.echo(f"{len(lines)} answers in {output}")
         return
     for row, answer in zip(rows, answers, strict=True):
-        if "completion" in answer:
-            typer.echo(answer["completion"])
-        else:
-            shown = "\t".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in answer.values())
-            typer.echo(f"{shown}\t{' | '.join(str(row[column]) for column in inputs)}")
+        shown = [f"{part:.4f}" if isinstance(part, float) else str(part) for part in answer.values()]
+        if columns is not None or "completion" not in answer:
+            shown.append(" | ".join(str(row.get(column)) for column in kept))
+        typer.echo("\t".join(shown))

@@ -9,7 +9,7 @@ from lorma.errors import InputError, did_you_mean
 from lorma.tasks.base import Prepared, Task
 from lorma.tasks.causal_lm import CausalLM
 from lorma.tasks.classification import Classification
-from lorma.tasks.prediction import input_columns, read_prediction_rows, text_row
+from lorma.tasks.prediction import answer_line, input_columns, kept_columns, read_prediction_rows, text_row
 from lorma.tasks.regression import Regression
 from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import Rows, Splits, load_splits
@@ -24,8 +24,10 @@ __all__ = [
     "Rows",
     "Splits",
     "Task",
+    "answer_line",
     "get_task",
     "input_columns",
+    "kept_columns",
     "load_splits",
     "read_prediction_rows",
     "text_row",

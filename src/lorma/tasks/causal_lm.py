@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
 from lorma.tasks.base import Meta, Prepared, Row, Task, fit_length, reject_fields, set_padding, tokenise
-from lorma.tasks.chat import assistant_spans, check_messages, encode_chats, render
+from lorma.tasks.chat import TEMPLATE_COLUMNS, ChatTemplate, encode_chats
 from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import Rows, load_splits
 from lorma.tasks.text_input import cell_text
@@ -24,8 +24,9 @@ class CausalLM(Task):
 
     * ``data.prompt`` + ``data.completion``: two text columns, joined as they are. The loss is on the completion and
       the end-of-sequence token after it. Prompt and completion are tokenised apart, as they are in use.
-    * ``data.messages``: a column of lists of ``{"role", "content"}``, rendered by the tokenizer's chat template. The
-      loss is on what the assistant says, its end marks included.
+    * ``data.messages``: a column of lists of messages, rendered with all their fields (``tool_calls``, …) and the
+      row's columns ``tools``, ``documents`` and ``chat_template_kwargs`` by the tokenizer's chat template. What it
+      ignores is refused. The loss is on what the assistant says, its calls and end marks included.
     * ``data.text`` (default ``text``): plain text, closed by an end-of-sequence token. The loss is on every token.
 
     Rows are cut after ``data.max_length`` tokens. A row with no loss left in it is dropped; ``meta`` counts them as
@@ -68,24 +69,17 @@ class CausalLM(Task):
         set_padding(tokenizer)
         if not rows:
             raise InputError("there are no rows to predict")
-        prompts = [_prompt_ids([prompt_text(row, meta, tokenizer)], meta, tokenizer)[0] for row in rows]
+        prompts = [_prompt_ids([text], meta, tokenizer)[0] for text in _prompt_texts(rows, meta, tokenizer)]
         return tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
 
 
-def prompt_text(row: Row, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model is to continue: the row's prompt or text, or its messages rendered up to the assistant's turn.
-
-    Turns of the assistant at the end, as training data has them, are what is asked for and so left out.
-    """
-    if meta["format"] == "messages":
-        place = f"column {meta['messages']!r} of a row to predict"
-        messages = check_messages(row.get(meta["messages"]), place)
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise InputError(f"{place} has no turn to answer")
-        return render(messages, tokenizer, place, generation=True)
-    return cell_text(row, meta["prompt"] or meta["text"])
+def _prompt_texts(rows: Sequence[Row], meta: Meta, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the model is to continue: the prompt or text of each row, or its messages up to the assistant's turn."""
+    if meta["format"] != "messages":
+        return [cell_text(row, meta["prompt"] or meta["text"]) for row in rows]
+    template, column = ChatTemplate(tokenizer), meta["messages"]
+    place = f"column {column!r} of a row to predict"
+    return [template.conversation(row, column, place).prompt() for row in rows]
 
 
 def _describe(spec: DataSpec, max_length: int) -> Meta:
@@ -159,10 +153,16 @@ def _tokenised(rows: Rows, meta: Meta, tokenizer: PreTrainedTokenizerBase) -> Da
 
 
 def _rendered(rows: Rows, column: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    columns = {column: rows.column("messages", column)}
+    for name in TEMPLATE_COLUMNS:
+        if name in rows.data.column_names and name != column:
+            columns[name] = rows.column("messages", name)
+    template = ChatTemplate(tokenizer)
     texts, spans = [], []
-    for number, value in zip(rows.numbers, rows.column("messages", column), strict=True):
+    for number, cells in zip(rows.numbers, zip(*columns.values(), strict=True), strict=True):
         place = f"data.messages: column {column!r} of {rows.source} row {number}"
-        text, own = assistant_spans(check_messages(value, place), tokenizer, place)
+        chat = template.conversation(dict(zip(columns, cells, strict=True)), column, place)
+        text, own = chat.assistant_spans()
         texts.append(text)
         spans.append(own)
     return {"text": texts, "spans": spans}

@@ -32,6 +32,23 @@ def shared_column(roles: dict[str, str | None]) -> str | None:
     return None
 
 
+def check_delimiter(value: str) -> str:
+    r"""``value``, a tab for ``\t``; ValueError unless it can part fields: one character, no quote, no line break."""
+    value = value.replace("\\t", "\t")
+    if len(value) != 1 or value in '"\r\n':
+        raise ValueError("allowed: one character that is no quote or line break, such as ';', '|' or a tab")
+    return value
+
+
+def check_encoding(value: str) -> str:
+    """``value``; ValueError unless Python knows it as an encoding of text."""
+    try:
+        "a".encode(value)
+    except (LookupError, ValueError):
+        raise ValueError("no text encoding that Python knows; allowed: utf-8, utf-16, cp1252, latin-1, …") from None
+    return value
+
+
 class DataSpec(BaseModel):
     """Where the rows come from and which columns hold what.
 
@@ -41,7 +58,8 @@ class DataSpec(BaseModel):
     alone; the packaged data sets have their own fixed split.
 
     ``config``, ``train_split`` and ``eval_split`` belong to directories and hub data sets; ``column_names`` to CSV
-    and TSV files that have no header row. Which of the column fields apply, and their defaults, is up to the task.
+    and TSV files that have no header row, ``delimiter`` to those whose fields another character parts, ``encoding`` to
+    text files that are not UTF-8. Which of the column fields apply, and their defaults, is up to the task.
     ``max_train_rows`` and ``max_eval_rows`` keep a random subset, again fixed by ``split_seed``; ``max_length`` is
     in tokens; left out, it is 256 or the model's own limit if that is less.
     """
@@ -56,6 +74,8 @@ class DataSpec(BaseModel):
     train_split: Name = "train"
     eval_split: Name | None = None
     column_names: list[str] | None = Field(default=None, min_length=1)
+    delimiter: str | None = None
+    encoding: Name | None = None
     text: Name | None = None
     text_pair: Name | None = None
     label: Name | None = None
@@ -74,6 +94,16 @@ class DataSpec(BaseModel):
         if repeated:
             raise ValueError(f"{repeated[0]!r} is listed twice; every name must be different")
         return names
+
+    @field_validator("delimiter")
+    @classmethod
+    def _parts_fields(cls, value: str | None) -> str | None:
+        return None if value is None else check_delimiter(value)
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str | None) -> str | None:
+        return None if value is None else check_encoding(value)
 
     @model_validator(mode="after")
     def _one_format(self) -> DataSpec:

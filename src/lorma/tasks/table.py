@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorma.errors import InputError, closest, did_you_mean
-from lorma.tasks.files import EXTENSIONS, check_exists, extension, read_file
+from lorma.tasks.files import EXTENSIONS, check_exists, check_unicode, extension, read_file
 from lorma.tasks.labels import listed
 from lorma.tasks.movie_reviews import load_movie_reviews
 from lorma.tasks.spec import DataSpec
@@ -141,13 +141,17 @@ def _load(spec: DataSpec, part: Part, sentiment: bool) -> Dataset:
     kind = kind_of_source(name)
     if spec.column_names is not None and kind != "file":
         raise InputError(f"data.column_names: only CSV and TSV files may lack a header, but {key} is {name!r}")
+    for field in ("delimiter", "encoding"):
+        value = getattr(spec, field)
+        if value is not None and kind != "file":
+            raise InputError(f"data.{field}: {value!r} applies only to text files, but {key} is {name!r}")
     if kind == "packaged":
         _reject_split_keys(spec, part, f"{key} is the packaged data set {name!r}")
         return PACKAGED[name](part, sentiment)
     if kind == "file":
         check_exists(path, key)
         _reject_split_keys(spec, part, f"{key} '{name}' is a file")
-        return read_file(path, key, spec.column_names)
+        return read_file(path, key, spec.column_names, spec.delimiter, spec.encoding)
     if kind is None:
         beside = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = closest(name, PACKAGED) or closest(name, beside)
@@ -196,6 +200,7 @@ def _load_published(spec: DataSpec, part: Part, key: str, name: str) -> Dataset:
         raise InputError(f"{key}: {name!r} {what} (split {split!r}, config {spec.config!r}): {reason}") from error
     if not isinstance(data, Dataset) or len(data) == 0:
         raise InputError(f"{key}: {name!r} holds no rows in split {split!r}")
+    check_unicode(data.data.table, f"{key} {name!r}")
     return data
 
 
