@@ -179,7 +179,7 @@ def randomise(model, adapter="default", seed=3):
     """Add noise to A, B and the magnitude of one adapter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ("lorma_" in name or "tlora_" in name) and name.endswith(f".{adapter}"):
+        if ("lorma_" in name or "tlora_" in name) and f".{adapter}." in name:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * STD
             parameter.data.add_(noise.to(parameter.dtype))
     return model

@@ -26,7 +26,7 @@ def is_factor(name):
 def randomise(model, adapter="default", std=0.3, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if is_factor(name) and name.endswith(f".{adapter}"):
+        if is_factor(name) and f".{adapter}." in name:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std
             parameter.data.add_(noise.to(parameter.dtype))
 

@@ -25,7 +25,7 @@ SVFT = [name for name in CONFIGS if name.startswith("svft")]
 def noisy(model, name, **options):
     adapted = get_peft_model(copy.deepcopy(model), CONFIGS[name](target_modules=TARGETS, **options)).eval()
     for path, parameter in adapted.named_parameters():
-        if parameter.requires_grad and path.endswith(".default"):
+        if parameter.requires_grad and ".default." in path:
             parameter.data += 0.3 * torch.randn_like(parameter)
     return adapted
 

@@ -46,7 +46,7 @@ class CallingLayer(nn.Module, AdapterLayer):
                 return self._forward_alone(x, names[0], *args, **kwargs)
         else:
             names = [name for name in dict.fromkeys(adapter_names) if name in self.undo]
-        with in_place([getattr(self, held) for held in (*self.adapter_layer_names, *self.fixed_names)]):
+        with in_place(self.factors()):
             if not x.is_meta:
                 self.check_factors_loaded(names)
             if adapter_names is not None:

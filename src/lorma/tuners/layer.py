@@ -67,6 +67,15 @@ class AdapterLayer(MergeableLayer):
             if adapter_name in held:
                 yield held, held[adapter_name]
 
+    @classmethod
+    def tensor_names(cls) -> tuple[str, ...]:
+        """Names of the dictionaries of tensors, trained and fixed."""
+        return (*cls.adapter_layer_names, *cls.fixed_names)
+
+    def factors(self) -> list[nn.Module]:
+        """The modules that hold the tensors of all adapters."""
+        return [factor for name in self.tensor_names() for factor in getattr(self, name)._modules.values()]
+
     def adapter_dtype(self, adapter_name: str) -> torch.dtype:
         """What the factors of an adapter are held in."""
         return next(self._tensors(adapter_name))[1].dtype

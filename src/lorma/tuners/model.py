@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorma.tuners.adapter_file import check_known
 from lorma.tuners.batches import mixed_batch
 from lorma.tuners.encoders import leave_fast_paths, return_to_fast_paths
+from lorma.tuners.factors import leaf_of, without_leaf
 from lorma.tuners.kinds import Kinds, check_fan_in_fan_out, check_mamba, layer_class
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.names import renamed, unwrapped
@@ -254,8 +255,12 @@ class AdapterModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """As in PEFT; what wrappers put into the names of layers is taken out of those of their factors."""
-        plain = super()._remove_adapter_name_from_key(key, adapter_name)
+        """As in PEFT: the name in an adapter file, ``….lorma_A`` for the model's ``….lorma_A.<adapter>.weight``.
+
+        What wrappers put into the names of layers is taken out of those of their factors.
+        """
+        found = without_leaf(key, adapter_name, cls.tuner_layer_cls.tensor_names())
+        plain = super()._remove_adapter_name_from_key(key, adapter_name) if found is None else found
         return unwrapped(plain) if f".{cls.prefix}" in plain else plain
 
     @classmethod
@@ -287,7 +292,7 @@ class AdapterModel(BaseTuner):
         known = {unwrapped(key): key for key in model.state_dict()}
         remapped = {known.get(unwrapped(key), key): value for key, value in remapped.items()}
         places = {
-            f"{path}.{factors}.{adapter_name}"
+            f"{path}.{factors}.{adapter_name}.{leaf_of(factors)}"
             for path, layer in model.named_modules()
             if isinstance(layer, AdapterLayer)
             for factors in layer.adapter_layer_names

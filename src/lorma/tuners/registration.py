@@ -13,6 +13,10 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from lorma.tuners.factors import MAGNITUDE, WEIGHT
 
 TESTED_PEFT_VERSIONS = ("0.21.0", "0.21.1", "0.21.2")
 """PEFT releases the test suite was run against."""
@@ -49,7 +53,7 @@ def extend_peft_type(name: str) -> PeftType:
     return found
 
 
-def register(name: str, config_cls: type, model_cls: type) -> None:
+def register(name: str, config_cls: type, model_cls: Any) -> None:
     """Register a method with PEFT under the lower-case ``name``; doing it again is harmless.
 
     Raises:
@@ -58,7 +62,19 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
     peft_type = extend_peft_type(name.upper())
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+        _add_renamings(model_cls.prefix)
     if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is not config_cls:
         raise RuntimeError(f"the PEFT method {name!r} is taken by {PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)!r}")
     if PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type) is not model_cls:
         raise RuntimeError(f"PEFT {peft.__version__} did not take the tuner class of {name!r}")
+
+
+def _add_renamings(prefix: str) -> None:
+    """Make transformers' own ``load_adapter`` find the parameters of a method by their names in adapter files.
+
+    It puts the adapter's name behind ``lorma_A`` and does not ask PEFT for the rest of the name.
+    """
+    ends = {rf"{prefix}magnitude_vector": MAGNITUDE, rf"{prefix}\w+": WEIGHT}
+    ours = [WeightRenaming(rf"(\.{part}\.[^.]+)(?!.)", rf"\1.{leaf}") for part, leaf in ends.items()]
+    known = get_checkpoint_conversion_mapping("legacy") or []
+    register_checkpoint_conversion_mapping("legacy", [*known, *ours], overwrite=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorma.tuners.bottleneck.config import BottleneckConfig
+from lorma.tuners.factors import Factors
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.updating import UpdatingLayer
 
@@ -25,10 +26,10 @@ class BottleneckLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, layer_name: str, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, layer_name, **quantization_kwargs)
-        self.bottleneck_down = nn.ParameterDict({})
-        self.bottleneck_down_bias = nn.ParameterDict({})
-        self.bottleneck_up = nn.ParameterDict({})
-        self.bottleneck_up_bias = nn.ParameterDict({})
+        self.bottleneck_down = Factors()
+        self.bottleneck_down_bias = Factors()
+        self.bottleneck_up = Factors()
+        self.bottleneck_up_bias = Factors()
         self.bottleneck_dropout = nn.ModuleDict({})
         self.activation: dict[str, str] = {}
 

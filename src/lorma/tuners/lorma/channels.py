@@ -37,7 +37,7 @@ class ChannelLayer(CallingLayer, LormaLayer):
             return False
         dropout = held["lorma_dropout"]._modules[name]  # type: ignore[union-attr]
         special = drops(dropout) or self.inflation[name] == "none" or self.blocks > 1
-        return not special and not getattr(held["lorma_A"], name).is_meta
+        return not special and not held["lorma_A"]._modules[name].weight.is_meta  # type: ignore[union-attr]
 
     def _forward_alone(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         if self._acts_on_inputs(name):
@@ -54,8 +54,8 @@ class ChannelLayer(CallingLayer, LormaLayer):
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of what activations are multiplied by."""
-        held = self._modules
-        return getattr(held["lorma_A"], name), getattr(held["lorma_B"], name)
+        held = cast(Any, self._modules)
+        return held["lorma_A"]._modules[name].weight, held["lorma_B"]._modules[name].weight
 
     def _channels_last(self, x: Tensor) -> Tensor:
         return x

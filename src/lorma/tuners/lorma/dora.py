@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorma import functional
 from lorma.functional.multiplier import Scaling, Side, widen
 from lorma.kernels import HeldResult
+from lorma.tuners.factors import Factors
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.placing import gathered, whole
 
@@ -24,9 +25,9 @@ def beside(factor: Tensor, matrices: Tensor) -> Tensor:
 class MagnitudeLayer(AdapterLayer):
     """What a layer needs for ``use_dora``: the magnitudes, the norms they are divided by, and keeping the norms."""
 
-    lorma_A: nn.ParameterDict
-    lorma_B: nn.ParameterDict
-    lorma_magnitude_vector: nn.ParameterDict
+    lorma_A: Factors
+    lorma_B: Factors
+    lorma_magnitude_vector: Factors
     side: dict[str, Side]
     scaling: dict[str, Scaling]
     out_features: int

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorma import functional
 from lorma.functional.multiplier import Inflation, Scaling, Side
 from lorma.kernels import HeldResult
+from lorma.tuners.factors import MAGNITUDE, Factors
 from lorma.tuners.lorma.config import LormaConfig
 from lorma.tuners.lorma.dora import MagnitudeLayer, beside
 from lorma.tuners.lorma.fused import FusedProjection
@@ -54,9 +55,9 @@ class LormaLayer(MagnitudeLayer):
         self.side: dict[str, Side] = {}
         self.fused: dict[str, FusedProjection] = {}
         self.lorma_dropout = nn.ModuleDict({})
-        self.lorma_A = nn.ParameterDict({})
-        self.lorma_B = nn.ParameterDict({})
-        self.lorma_magnitude_vector = nn.ParameterDict({})
+        self.lorma_A = Factors()
+        self.lorma_B = Factors()
+        self.lorma_magnitude_vector = Factors(MAGNITUDE)
         self._norms: dict[str, HeldResult] = {}
 
     def _width(self, side: Side, fused: FusedProjection | None) -> int:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorma.functional import singular
 from lorma.functional.multiplier import widen
+from lorma.tuners.factors import Factors
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.svft.config import SvftConfig
 from lorma.tuners.updating import UpdatingLayer
@@ -27,7 +28,7 @@ class SvftLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, layer_name: str, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, layer_name, **quantization_kwargs)
-        self.svft_M = nn.ParameterDict({})
+        self.svft_M = Factors()
         self.svft_dropout = nn.ModuleDict({})
         self.seed: dict[str, int] = {}
         self._basis: tuple[Any, Tensor, Tensor] | None = None

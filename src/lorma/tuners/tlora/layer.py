@@ -10,25 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from lorma import functional
+from lorma.tuners.factors import Factors
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.names import unwrapped
 from lorma.tuners.placing import execution_device
 from lorma.tuners.tlora.config import TLoraConfig
-
-
-class FixedTensors(BufferDict):
-    """Buffers by adapter name, each of which is part of the state dict or not."""
-
-    def put(self, key: str, tensor: Tensor, *, saved: bool) -> None:
-        """Hold ``tensor`` under ``key``; ``saved``: in the state dict as well."""
-        self.register_buffer(key, tensor, persistent=saved)
-
-    def __setitem__(self, key: str, tensor: Tensor) -> None:
-        self.put(key, tensor, saved=key not in self._non_persistent_buffers_set)
 
 
 class TLoraLayer(AdapterLayer):
@@ -50,13 +39,18 @@ class TLoraLayer(AdapterLayer):
         self.seed: dict[str, int] = {}
         self.drawn_as: dict[str, str] = {}
         self.tlora_dropout = nn.ModuleDict({})
-        self.tlora_B = nn.ParameterDict({})
-        self.tlora_scale = nn.ParameterDict({})
-        self.tlora_A = FixedTensors()
-        self.tlora_C = FixedTensors()
-        self.tlora_checksum = FixedTensors()
+        self.tlora_B = Factors()
+        self.tlora_scale = Factors()
+        self.tlora_A = Factors()
+        self.tlora_C = Factors()
+        self.tlora_checksum = Factors()
         module: Any = self
         module.register_load_state_dict_post_hook(_draw_again)
+
+    @classmethod
+    def tensor_names(cls) -> tuple[str, ...]:
+        """As every layer's, and the checksum."""
+        return (*super().tensor_names(), "tlora_checksum")
 
     def update_layer(self, adapter_name: str, *, config: TLoraConfig, r: int) -> None:
         """Add an adapter, or replace the one of this name."""
@@ -67,13 +61,24 @@ class TLoraLayer(AdapterLayer):
         dtype = self._start_dtype()
         self.tlora_B[adapter_name] = nn.Parameter(torch.zeros(r, r, dtype=dtype))
         self.tlora_scale[adapter_name] = nn.Parameter(torch.ones(1, dtype=dtype))
-        for held, matrix in zip((self.tlora_A, self.tlora_C), self._start_projections(adapter_name), strict=True):
+        twin = self._twin(adapter_name) if config.save_projection else None
+        if twin is None:
+            matrices = self._start_projections(adapter_name)
+        else:
+            matrices = self.tlora_A[twin].clone(), self.tlora_C[twin].clone()
+        for held, matrix in zip((self.tlora_A, self.tlora_C), matrices, strict=True):
             held.put(adapter_name, matrix.to(dtype), saved=config.save_projection)
         if adapter_name in self.tlora_checksum:
             del self.tlora_checksum[adapter_name]
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _twin(self, adapter_name: str) -> str | None:
+        """Another adapter of the same rank and seed whose A and C came with its file, and may be drawn nowhere else."""
+        kind = self.r[adapter_name], self.seed[adapter_name]
+        others = (name for name in self.tlora_A if name != adapter_name and (self.r[name], self.seed[name]) == kind)
+        return next((name for name in others if self.tlora_A.is_saved(name)), None)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """Fill B and the scale with the start of training, or B with noise if ``init_weights`` is False."""
@@ -181,5 +186,5 @@ def _draw_again(layer: Any, _: Any) -> None:
     """After a state dict is loaded: A and C that are no part of it are put as they are drawn, whatever was there."""
     for name in layer.undo:
         layer._draw_late(name)
-        if name in layer.tlora_A._non_persistent_buffers_set:
+        if not layer.tlora_A.is_saved(name):
             layer.redraw(name)

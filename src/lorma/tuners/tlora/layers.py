@@ -34,9 +34,9 @@ class Linear(Updated):
     """TLoRA on ``nn.Linear``, transformers' ``Conv1D`` and every quantised linear layer."""
 
     def _is_plain(self, name: str, x: Tensor) -> bool:
-        held = self._modules  # looked up once: this is called for every token that is generated
-        dropout, A = held["tlora_dropout"]._modules[name], self.tlora_A[name]  # type: ignore[union-attr]
-        if drops(dropout) or type(x) is not Tensor or A.is_meta or getattr(held["tlora_B"], name).is_meta:
+        held = cast(Any, self._modules)  # looked up once: this is called for every token that is generated
+        dropout, A = held["tlora_dropout"]._modules[name], held["tlora_A"]._modules[name].weight
+        if drops(dropout) or type(x) is not Tensor or A.is_meta or held["tlora_B"]._modules[name].weight.is_meta:
             return False
         weight = plain_weight(self.base_layer)
         return weight is not None and x.dtype == weight.dtype == A.dtype and not kernels.under_autocast(x)
