@@ -124,7 +124,7 @@ def test_switching_and_deleting_adapters(mlp):
     assert not torch.allclose(first, second, atol=1e-4)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable
-    assert all(name.endswith(".second") for name in trainable)
+    assert all(".second." in name for name in trainable)
     model.set_adapter("default")
     assert torch.equal(model(x), first)
     model.delete_adapter("second")
