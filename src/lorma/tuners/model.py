@@ -38,6 +38,7 @@ class AdapterModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; target modules that match nothing are refused with the closest names there are."""
+        self._new_adapter = adapter_name  # two adapters may have one configuration, as TRL's reference has
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -52,9 +53,7 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check what can be checked before the first layer is replaced; an older adapter of the same name goes."""
         keep_layout(model)
-        for name, config in self.peft_config.items():
-            if config is peft_config:
-                _take_off(model, name)
+        _take_off(model, self._new_adapter)
 
     def layer_options(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:
         """What a layer's adapter is told besides its configuration, such as its rank.
