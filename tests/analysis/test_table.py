@@ -294,3 +294,9 @@ def test_no_steps_to_a_loss_that_never_fell(table):
     assert column(built, "Steps to LoRA's loss") == ["—", "—"]
     assert [(row.steps_to_lora_loss, row.seeds_compared) for row in built.rows] == [(None, 0), (None, 0)]
     assert any("LoRA's training loss did not fall" in note and "(seed 0)" in note for note in built.notes)
+
+
+def test_runs_that_stopped_early_have_no_area(table):
+    built = table(("lora", 0, {"losses": halves(60)}), ("x", 0, {"losses": halves(40), "stopped_early": True}))
+    assert [row.loss_auc for row in built.rows] == [None, None]
+    assert any("Stopped early: x (seed 0) at step 40" in note for note in built.notes)

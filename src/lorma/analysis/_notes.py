@@ -17,7 +17,7 @@ def table_notes(runs: Sequence[Run], rows: Sequence[Row], baseline: str) -> list
     """Notes for the table of ``rows``, made from ``runs``; ``baseline`` is the method compared against."""
     metric, greater = runs[0].summary["primary_metric"], runs[0].summary["greater_is_better"]
     base = next((row for row in rows if row.method == baseline), None)
-    notes = [f"{'Higher' if greater else 'Lower'} {metric} is better; it is measured after the last training step."]
+    notes = [f"{'Higher' if greater else 'Lower'} {metric} is better; it is measured {_measured(runs)}."]
     notes += _seed_notes(rows)
     if base is not None:
         notes += _gap_note(rows, base, metric, greater)
@@ -34,6 +34,14 @@ def _trivial_notes(runs: Sequence[Run]) -> list[str]:
     notes = [f"The {name} is what answering {answer!r} for every evaluation row gives." for name, answer in known]
     classes = {name for run in runs if (name := run.summary.get("positive_class")) is not None}
     return sorted(notes) + [f"f1 is that of the class {name!r}." for name in sorted(classes)]
+
+
+def _measured(runs: Sequence[Run]) -> str:
+    if not any(run.keeps_best for run in runs):
+        return "after the last training step"
+    if not all(run.keeps_best for run in runs):
+        return "on what each run saved: the best evaluation, which looks better than it is, or the last step"
+    return "at each run's best evaluation, chosen on these same rows, so new data will score lower"
 
 
 def _seed_notes(rows: Sequence[Row]) -> list[str]:
@@ -91,6 +99,12 @@ def _caveats(runs: Sequence[Run], baseline: str | None) -> list[str]:
         seeds = show.listing([run.seed for run in flat])
         notes.append(
             f"LoRA's training loss did not fall by more than its noise (seed {seeds}); steps to it are not given there."
+        )
+    if stopped := [run for run in runs if run.stopped_early]:
+        which = show.listing([f"{run.method} (seed {run.seed}) at step {run.steps[-1]:,}" for run in stopped])
+        notes.append(
+            f"Stopped early: {which}. Runs of unlike length have no comparable area, so none is given; "
+            "the time is that until the stop."
         )
     spans = {(run.steps[0], run.steps[-1]) for run in runs}
     if len(spans) > 1:

@@ -28,8 +28,19 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
     "final_metrics": dict,
     "seconds": (int, float),
 }
-_NO_SETTING = {"method", "seed", "output", "train.eval_batch_size", "train.eval_steps", "train.save_steps"}
+_NO_SETTING = {
+    "method",
+    "seed",
+    "output",
+    "train.eval_batch_size",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.report_to",
+}
 """Keys of a recipe that are told otherwise, or do not change what is trained; nor does its section ``compare``."""
+
+_LATER = {"train.keep": "last", "train.early_stopping": None}
+"""What keys that the recipes of earlier versions lack mean there."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,19 @@ class Run:
 
     @property
     def primary(self) -> float:
-        """The primary metric after the last step, in the metric's own units; NaN when it is not defined."""
+        """The primary metric of the saved weights, in the metric's own units; NaN when it is not defined."""
         value = self.summary["final_metrics"][self.summary["primary_metric"]]
         return math.nan if value is None else float(value)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the saved weights, and so :attr:`primary`, are those of the best evaluation."""
+        return bool(self.settings.get("train.keep") == "best")
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ended before its planned steps because it no longer improved."""
+        return bool(self.summary.get("stopped_early", False))
 
     @property
     def diverged(self) -> bool:
@@ -138,6 +159,7 @@ def _read_settings(file: Path, summary: dict[str, Any]) -> dict[str, Any]:
             settings |= (
                 {f"{section}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
             )
+    settings = _LATER | settings
     return {key: value for key, value in settings.items() if key not in _NO_SETTING}
 
 

@@ -167,7 +167,9 @@ def build_table(runs: Sequence[Run]) -> Table:
             _check_same(other, run, "trainable_parameters", "adapter_parameters")
         group.append(run)
     baseline = groups.get(BASELINE, [])
-    rows = tuple(_row(group, baseline) for group in groups.values())
+    # A run that stopped early has a smaller area for that alone.
+    unlike = any(run.stopped_early for run in runs) and len({(run.steps[0], run.steps[-1]) for run in runs}) > 1
+    rows = tuple(_row(group, baseline, areas=not unlike) for group in groups.values())
     summary = runs[0].summary
     notes = table_notes(runs, rows, BASELINE)
     return Table(
@@ -210,7 +212,7 @@ def _check_same(first: Run, second: Run, *keys: str) -> None:
             )
 
 
-def _row(group: list[Run], baseline: list[Run]) -> Row:
+def _row(group: list[Run], baseline: list[Run], areas: bool) -> Row:
     summary = group[0].summary
     metrics = [run.primary for run in group]
     seeds_by_baseline = {run.seed: run for run in baseline}
@@ -228,7 +230,7 @@ def _row(group: list[Run], baseline: list[Run]) -> Row:
         learning_rate=summary.get("learning_rate"),
         metric_mean=_mean(metrics),
         metric_sd=stdev(metrics) if len(metrics) >= 2 and _mean(metrics) is not None else None,
-        loss_auc=_mean(map(_area, group)),
+        loss_auc=_mean(map(_area, group)) if areas else None,
         auc_change_percent=_change(group, baseline),
         steps_to_lora_loss=_mean(reached),
         seeds_reached=len(reached),

@@ -67,6 +67,8 @@ class Task(ABC):
     auto_model: ClassVar[str]
     primary_metric: ClassVar[str]
     greater_is_better: ClassVar[bool]
+    metrics: ClassVar[dict[str, bool]]
+    """What evaluations measure, and whether greater is better."""
 
     @abstractmethod
     def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorma.errors import InputError
 from lorma.tasks.base import Meta, Prepared, Row, Task, fit_length, reject_fields, set_padding, tokenise
@@ -38,6 +38,7 @@ class CausalLM(Task):
     auto_model = "AutoModelForCausalLM"
     primary_metric = "loss"
     greater_is_better = False
+    metrics: ClassVar = {"loss": False}
 
     def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """See :meth:`Task.prepare`; ``labels`` holds one token id, or −100, for each of ``input_ids``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorma.errors import InputError, did_you_mean
 from lorma.tasks.base import Meta, Prepared, TrivialBaseline
@@ -30,6 +30,7 @@ class Classification(TextTask):
     name = "classification"
     primary_metric = "accuracy"
     greater_is_better = True
+    metrics: ClassVar = {"loss": False, "accuracy": True, "f1": True, "matthews": True}
 
     def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """See :meth:`Task.prepare`; ``labels`` are indices into ``meta["labels"]``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorma.errors import InputError
 from lorma.tasks.base import Meta, Prepared, TrivialBaseline
@@ -28,6 +28,7 @@ class Regression(TextTask):
     name = "regression"
     primary_metric = "pearson"
     greater_is_better = True
+    metrics: ClassVar = {"loss": False, "pearson": True, "spearman": True, "mse": False}
 
     def prepare(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         """See :meth:`Task.prepare`; ``labels`` are floats."""

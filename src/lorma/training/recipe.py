@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -72,10 +72,23 @@ class AdapterSpec(Section):
         return value
 
 
+class EarlyStopping(Section):
+    """When a run ends before its steps do: after ``patience`` evaluations without an improvement.
+
+    An improvement is a value of ``metric`` (left out: the task's primary one) better by more than ``min_improvement``,
+    in units of the metric, than that of the improvement before it.
+    """
+
+    patience: int = Field(ge=1)
+    min_improvement: float = Field(default=0.0, ge=0)
+    metric: str | None = None
+
+
 class TrainSpec(Section):
     """How long and how fast. ``max_steps`` overrides ``epochs``; evaluation and checkpoints are made every
     ``eval_steps`` and ``save_steps`` optimizer steps, or after each epoch when left out. ``precision`` other than
-    float32 is autocast; the model's own dtype is ``model.dtype``.
+    float32 is autocast; the model's own dtype is ``model.dtype``. ``keep`` says whose weights the run saves: those of
+    the last step, or of the evaluation that was best by the metric of ``early_stopping``.
     """
 
     epochs: float = Field(default=3, gt=0)
@@ -92,6 +105,26 @@ class TrainSpec(Section):
     gradient_checkpointing: bool = False
     eval_steps: int | None = Field(default=None, ge=1)
     save_steps: int | None = Field(default=None, ge=1)
+    early_stopping: EarlyStopping | None = None
+    keep: Literal["last", "best"] = "last"
+
+    @model_validator(mode="after")
+    def _evaluations_can_decide(self) -> TrainSpec:
+        if self.early_stopping is None and self.keep == "last":
+            return self
+        needed_by = "early_stopping" if self.early_stopping else "keep: best"
+        if self.save_steps is not None and self.eval_steps is None:
+            # A run that goes on from a checkpoint at the end of an epoch would go without that epoch's evaluation.
+            raise ValueError(
+                f"save_steps={self.save_steps} with evaluations after each epoch does not go with {needed_by}; give "
+                "eval_steps as well, or leave save_steps out"
+            )
+        if self.max_steps is not None and (self.eval_steps or 0) > self.max_steps:
+            raise ValueError(
+                f"eval_steps={self.eval_steps} is more than max_steps={self.max_steps}, so no evaluation comes for "
+                f"{needed_by}"
+            )
+        return self
 
 
 class CompareSpec(Section):
@@ -140,6 +173,12 @@ class Recipe(Section):
                 )
         for name in self.compare.learning_rates:
             get_method(name)
+        stopping, measured = self.train.early_stopping, TASKS[self.task].metrics
+        if stopping is not None and stopping.metric is not None and stopping.metric not in measured:
+            raise InputError(
+                f"train.early_stopping.metric={stopping.metric!r} is not measured for {self.task}; allowed: "
+                f"{', '.join(measured)}{did_you_mean(stopping.metric, measured)}"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -278,6 +317,7 @@ def _keys(place: list[str]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in place:
         annotation = model.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        for kind in get_args(annotation) or (annotation,):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
     return list(model.model_fields)

@@ -30,6 +30,7 @@ from lorma.training.models import attach, count_parameters, load_model, load_tok
 from lorma.training.processes import processes
 from lorma.training.recipe import Recipe
 from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory
+from lorma.training.selection import Selection
 from lorma.training.settled import Settled, settle, try_saving
 from lorma.training.trainer import MethodTrainer
 from lorma.tuners.card import write_card
@@ -71,7 +72,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         with processes().main_process_first():
             if processes().is_main_process:
                 run.open(recipe, overwrite, data)
-            recorder = RunRecorder(run)
+            recorder, selection = RunRecorder(run), Selection(run, recipe.train, task)
         checkpoint = run.last_checkpoint()
         counts = count_parameters(model, recipe.adapter, task.peft_task_type)
         console.print(
@@ -95,15 +96,30 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
             data_collator=prepared.collator,
             compute_metrics=prepared.compute_metrics,
             processing_class=tokenizer,
-            callbacks=[*([method.callback(model)] if method.callback else []), recorder, bar],
+            callbacks=[*([method.callback(model)] if method.callback else []), recorder, selection, bar],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         processes().wait_for_everyone()
-        if not _evaluations(run, at_step=trainer.state.global_step):
+        if trainer.state.global_step < trainer.state.max_steps:
+            console.print(f"  stopped at step {trainer.state.global_step}: {selection.reason}")
+        if trainer.state.global_step not in selection.steps:
             trainer.evaluate()
+        best = selection.checkpoint() if recipe.train.keep == "best" else None
+        if best and selection.best_step != trainer.state.global_step:
+            trainer.load_weights(best)
         if processes().is_main_process:
-            summary = _summary(recipe, task, run, recorder, counts, prepared, adapted_modules(model))
+            summary = _summary(
+                recipe,
+                task,
+                run,
+                recorder,
+                selection,
+                trainer.state.max_steps,
+                counts,
+                prepared,
+                adapted_modules(model),
+            )
             _save(trainer, recipe, run, prepared.meta, settled, summary)
             write_atomic(run.summary_file, json.dumps(summary, indent=2) + "\n")
             for line in closing_lines(summary):
@@ -137,7 +153,7 @@ def training_arguments(recipe: Recipe, task: Task, run: RunDirectory) -> Trainin
         eval_steps=spec.eval_steps,
         save_strategy="steps" if spec.save_steps else "epoch",
         save_steps=spec.save_steps or 500,
-        save_total_limit=KEPT_CHECKPOINTS,
+        save_total_limit=KEPT_CHECKPOINTS + (spec.keep == "best"),
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
@@ -151,12 +167,13 @@ def training_arguments(recipe: Recipe, task: Task, run: RunDirectory) -> Trainin
     )
 
 
-def _evaluations(run: RunDirectory, at_step: int | None = None) -> list[dict[str, Any]]:
-    return [
-        {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+def _evaluations(run: RunDirectory) -> dict[int, dict[str, Any]]:
+    """The metrics of each evaluation by its step."""
+    return {
+        entry["step"]: {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
         for entry in run.metrics()
-        if "eval_loss" in entry and at_step in (None, entry["step"])
-    ]
+        if "eval_loss" in entry
+    }
 
 
 def _save(
@@ -194,6 +211,8 @@ def _summary(
     task: Task,
     run: RunDirectory,
     recorder: RunRecorder,
+    selection: Selection,
+    planned_steps: int,
     counts: dict[str, int],
     prepared: Prepared,
     targets: list[str] | str | None,
@@ -201,11 +220,11 @@ def _summary(
     entries = run.metrics()
     points = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     evaluations = _evaluations(run)
-    predicted_classes = [metrics.pop("predicted_classes", None) for metrics in evaluations]
+    predicted_classes = {step: metrics.pop("predicted_classes", None) for step, metrics in evaluations.items()}
     classes = prepared.meta["labels"] or []
-    defined = [metrics for metrics in evaluations if metrics[task.primary_metric] is not None]
-    choose = max if task.greater_is_better else min
-    best = choose(defined, key=lambda metrics: metrics[task.primary_metric], default=evaluations[-1])
+    last = max(evaluations)
+    best = last if selection.best_step is None else selection.best_step
+    saved = best if recipe.train.keep == "best" else last
     return {
         "schema_version": SCHEMA_VERSION,
         "method": recipe.method,
@@ -220,9 +239,15 @@ def _summary(
         "final_train_loss": points[-1][1],
         "primary_metric": task.primary_metric,
         "greater_is_better": task.greater_is_better,
-        "final_metrics": evaluations[-1],
-        "best_metrics": best,
-        "predicted_classes": predicted_classes[-1],
+        "saved_step": saved,
+        "final_metrics": evaluations[saved],
+        "last_metrics": evaluations[last],
+        "best_step": best,
+        "best_by": selection.metric,
+        "best_metrics": evaluations[best],
+        "planned_steps": planned_steps,
+        "stopped_early": points[-1][0] < planned_steps,
+        "predicted_classes": predicted_classes[saved],
         "positive_class": classes[1] if len(classes) == 2 else None,
         "trivial_baseline": None if prepared.trivial is None else asdict(prepared.trivial),
         "target_modules": targets,

@@ -30,6 +30,18 @@ class MethodTrainer(Trainer):
             self.optimizer = self.method.optimizer(self.accelerator.unwrap_model(self.model), self.spec)
         return super().create_optimizer(model)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # as of a run that goes on after its last step
+            super()._run_epoch(*args, **kwargs)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the trained model the weights of a checkpoint, after training."""
+        if self.method.restore is not None:
+            self.method.restore(self.accelerator.unwrap_model(self.model), checkpoint)
+        else:
+            self.state.best_model_checkpoint = str(checkpoint)
+            self._load_best_model()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.method.restore is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
