@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
 import lorma
-from lorma import LormaConfig, LormaModel
+from lorma import LormaConfig, LormaModel, TLoraConfig
 from lorma.tuners.registration import extend_peft_type, register
 
 
@@ -157,3 +157,29 @@ def test_a_scaling_that_the_weights_cannot_hold(mlp):
         get_peft_model(copy.deepcopy(mlp).half(), config, autocast_adapter_dtype=False)
     with pytest.raises(ValueError, match="the scaling of up, 1.5e-39"):
         get_peft_model(mlp, LormaConfig(r=8, lorma_alpha=1.2e-38, target_modules=["gate", "up"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "answer"),
+    [
+        (LormaConfig, "lora_alpha", "; did you mean 'lorma_alpha'?"),
+        (LormaConfig, "lora_dropout", "; did you mean 'lorma_dropout'?"),
+        (LormaConfig, "init_lora_weights", "; did you mean 'init_weights'?"),
+        (LormaConfig, "lora_bias", "; did you mean 'bias'?"),
+        (LormaConfig, "target_module", "; did you mean 'target_modules'?"),
+        (LormaConfig, "loftq_config", ": lorma has nothing like this field of LoRA"),
+        (TLoraConfig, "lora_dropout", "; did you mean 'tlora_dropout'?"),
+        (TLoraConfig, "lora_alpha", ": tlora has nothing like this field of LoRA"),
+        (TLoraConfig, "use_dora", ": tlora has nothing like this field of LoRA"),
+    ],
+)
+def test_a_field_of_lora_is_answered_with_the_name_it_has_here(config, name, answer):
+    with pytest.raises(TypeError) as caught:
+        config(**{name: 16})
+    assert str(caught.value) == f"{config.__name__} got an unexpected keyword argument {name!r}{answer}"
+
+
+def test_a_file_of_a_later_version_is_read_without_what_is_new():
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
+        config = LormaConfig.from_peft_type(peft_type="LORMA", task_type=None, r=3, invented_later=True)
+    assert config.r == 3

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from lorma.errors import did_you_mean
 from lorma.tuners import validation as check
 from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_weights, read_config
 from lorma.tuners.card import write_card
 from lorma.tuners.merge import UNDO_CHOICES
 from lorma.tuners.untrusted import read_header
 
+LORAS_FIELDS = {"lora_bias": "bias", "init_lora_weights": "init_weights"}
+"""Fields of LoRA whose names here are not LoRA's with the method's name in place of ``lora``."""
+
+
+class _NamedFields(type):
+    """Configurations that answer a name they do not have with the nearest one that they have."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = [entry.name for entry in fields(cls) if entry.init]  # type: ignore[arg-type]
+        for name in kwargs:
+            if name not in known:
+                # PEFT drops fields of later versions from files by these words.
+                hint = _nearest(cls, name, known)
+                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}{hint}")
+        return super().__call__(*args, **kwargs)
+
+
+def _nearest(cls: Any, name: str, known: list[str]) -> str:
+    method = str(cls.kind_of_peft.value).lower()
+    own = [other for other in (name.replace("lora", method), LORAS_FIELDS.get(name)) if other in known]
+    if own:
+        return f"; did you mean {own[0]!r}?"
+    loras = {entry.name for entry in fields(LoraConfig)}
+    return f": {method} has nothing like this field of LoRA" if name in loras else did_you_mean(name, known)
+
 
 @dataclass
-class AdapterConfig(PeftConfig):
+class AdapterConfig(PeftConfig, metaclass=_NamedFields):
     """The fields that every method has; see the method's own class for the rest.
 
     Args:
