@@ -58,6 +58,7 @@ TEXTS = [
 FIELDS = """r lorma_alpha lorma_dropout inflation side use_rslora use_dora target_modules exclude_modules bias
     modules_to_save init_weights layers_to_transform layers_pattern rank_pattern alpha_pattern target_parameters
     fused_projections undo peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version
+    trainable_token_indices ensure_weight_tying
     megatron_config megatron_core runtime_config loftq_config fan_in_fan_out unknown __class__ self""".split()
 METHODS = ["LORA", "TLORA", "ADALORA", "VERA", "OFT", "XLORA", "PROMPT_TUNING", "POLY", "IA3", "lorma", "LORMA "]
 

@@ -22,13 +22,33 @@ from torch import Tensor, nn
 from lorma.errors import InputError, one_line
 from lorma.export.base import Base, meta_model
 from lorma.export.weights import BaseWeights, LoadedWeights, open_weights
-from lorma.tuners.adapter_file import read_adapter
+from lorma.tuners.adapter_file import DELTA, read_adapter
 from lorma.tuners.bottleneck import BottleneckConfig
 from lorma.tuners.config import AdapterConfig
 from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.names import PREFIX
+from lorma.tuners.tying import plain_path, token_wrappers
 
 NAME = "default"
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Rows of an embedding that an adapter has trained.
+
+    Attributes:
+        key: their name in the adapter's file.
+        indices: which rows.
+        rows: what they are, one for each of ``indices``.
+    """
+
+    key: str
+    indices: list[int]
+    rows: Tensor
+
+    def put_into(self, weight: Tensor) -> Tensor:
+        """A copy of ``weight`` with these rows."""
+        return weight.index_copy(0, torch.tensor(self.indices), self.rows.to(weight.dtype))
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,8 @@ class Adapted:
         peft_model: the model with the adapter injected; parameters of the base are on the meta device.
         weights: the base model's weights, by their names in the model.
         others: what the adapter's file holds beside the factors, by its names there: trained heads and biases.
+        tokens: rows of embeddings that the adapter has trained, by the base model's name of each weight they belong
+            to; tied weights that follow an embedding are among them.
         copies: names in the base model of weights of which the adapter's file holds a copy.
         tensors: parameters and saved buffers of the base model (meta), tied ones under each of their names.
         parameter_names: names in the base model of each parameter of ``peft_model``, by ``id``.
@@ -51,6 +73,7 @@ class Adapted:
     peft_model: Any
     weights: BaseWeights
     others: dict[str, Tensor]
+    tokens: dict[str, TrainedTokens]
     copies: set[str]
     tensors: dict[str, Tensor]
     parameter_names: dict[int, str]
@@ -120,8 +143,11 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
             # Not PEFT's whole loading, which moves the factors to the base's device, here meta.
             placed = tuner._remap_adapter_state_dict_for_load(peft_model, config, NAME, factors)
             peft_model.load_state_dict(placed, strict=False, assign=True)
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
         raise InputError(f"{folder} does not fit the base model: {one_line(error)}") from None
+    tokens = _tokens(folder, peft_model, others)
+    for trained in tokens.values():
+        others.pop(trained.key, None)
     for key, value in others.items():
         place = state.get(plain_name(key))
         if place is not None and place.shape != value.shape:
@@ -133,7 +159,7 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
             )
     copies = _copies(peft_model, weights, others, embeddings)
     others = {key: value for key, value in others.items() if key not in copies}
-    adapted = Adapted(config, base, peft_model.eval(), weights, others, set(copies.values()), state, names)
+    adapted = Adapted(config, base, peft_model.eval(), weights, others, tokens, set(copies.values()), state, names)
     for path, layer in adapted.layers():
         if any(
             getattr(layer, kind)[NAME].is_meta for kind in layer.adapter_layer_names if NAME in getattr(layer, kind)
@@ -143,6 +169,29 @@ def open_adapter(folder: Path, base: Base) -> Adapted:
         return adapted
     # transformers renames and joins some checkpoints' weights while it loads them.
     return replace(adapted, weights=LoadedWeights(base, type(model)))
+
+
+def _tokens(folder: Path, model: Any, others: dict[str, Tensor]) -> dict[str, TrainedTokens]:
+    """See :attr:`Adapted.tokens`.
+
+    Raises:
+        InputError: rows that are missing, or of another width or number than the model wants.
+    """
+    found: dict[str, TrainedTokens] = {}
+    wrappers = token_wrappers(model, NAME)
+    paths = {id(wrapper.token_adapter): path for path, wrapper in wrappers}
+    for path, wrapper in wrappers:
+        layer = wrapper.token_adapter
+        key = f"{paths[id(layer.tied_adapter or layer)]}.{DELTA}"
+        shape = tuple(layer.trainable_tokens_delta[NAME].shape)
+        if key not in others or others[key].shape != shape:
+            holds = list(others[key].shape) if key in others else "nothing"
+            raise InputError(
+                f"{folder} does not fit the base model: {key} should have shape {list(shape)}; the file holds {holds}"
+            )
+        indices = list(layer.token_indices[NAME])
+        found[f"{plain_path(path).removeprefix(PREFIX)}.weight"] = TrainedTokens(key, indices, others[key])
+    return found
 
 
 def _labels(model: Any, others: dict[str, Tensor]) -> int | None:
@@ -199,7 +248,8 @@ def own_name(path: str, layer: AdapterLayer) -> str:
 
 def plain_name(key: str) -> str:
     """The name in the base model of a head or bias in an adapter file, without PEFT's wrappers."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    plain = key.removeprefix(PREFIX).replace(".token_adapter.base_layer.", ".")
+    return plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
 def own_part(config: Any) -> Callable[[str], bool]:

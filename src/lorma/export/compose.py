@@ -22,7 +22,7 @@ from lorma.export.base import Base, meta_model
 from lorma.export.output import ADAPTER
 from lorma.files import META_FILE, check_output, write_folder
 from lorma.functional.multiplier import Side
-from lorma.tuners.adapter_file import WEIGHTS_NAME, WIDE_RANK, AdapterFile, part_of, read_adapter
+from lorma.tuners.adapter_file import DELTA, WEIGHTS_NAME, WIDE_RANK, AdapterFile, part_of, read_adapter
 from lorma.tuners.lorma import LormaConfig, LormaLayer
 from lorma.tuners.lorma.files import LayerFile, config_name, layers_of, parts_of, scaling_of, split_factors
 from lorma.tuners.lorma.weighted import layerwise_config, product
@@ -72,13 +72,16 @@ def compose(
     _check_pair(one, two, base)
     _check_whole(one, two)
     _check_whole(two, one)
-    others = _others(one, two, heads_from)
+    tokens_of = _tokens_of(one, two, heads_from)
+    others = _others(one, two, tokens_of, heads_from)
     places = _places_in(base, one, two) if base is not None else None
     try:
         tensors, ranks = _products(one, two, places)
     except ValueError as error:
         raise InputError(one_line(error)) from None
-    config = _config(one, two, places, ranks, heads_from)
+    config = _config(one, two, places, ranks, tokens_of)
+    if base is not None and config.trainable_token_indices:
+        _adapted(base, two, config)  # refuses tokens of a weight that is tied to an adapted one
 
     def fill(folder: Path) -> None:
         folder.mkdir()
@@ -111,7 +114,7 @@ def _check_kind(adapter: AdapterFile) -> None:
 
 def _check_pair(one: AdapterFile, two: AdapterFile, base: Base | None) -> None:
     a, b = (adapter.config for adapter in (one, two))
-    keys = ["task_type", "fused_projections", "target_parameters"]
+    keys = ["task_type", "fused_projections", "target_parameters", "ensure_weight_tying"]
     bases = [name for name in (a.base_model_name_or_path, b.base_model_name_or_path) if name]
     if base is None and len({_place_of(name) for name in bases}) > 1:
         keys.insert(0, "base_model_name_or_path")
@@ -136,9 +139,15 @@ def _place_of(name: str) -> str:
 def _check_whole(adapting: AdapterFile, whole: AdapterFile) -> None:
     """Refuse layers of one adapter in modules that the other has trained whole; names match as PEFT matches them."""
     names = tuple(whole.config.modules_to_save or ())  # type: ignore[attr-defined]
+    tokens = {name.removeprefix(PREFIX) for name in whole.tensors if name.endswith(DELTA)}
     for name in adapting.modules("lorma_A"):
         layer = name.removeprefix(PREFIX).replace(".base_layer", "")
         outer = itertools.accumulate(layer.split("."), "{}.{}".format)
+        if f"{layer}.{DELTA}" in tokens:
+            raise InputError(
+                f"{adapting.folder} adapts {layer}, of which {whole.folder} has trained tokens "
+                "(trainable_token_indices); one adapter cannot do both"
+            )
         if names and any(path.endswith(names) for path in outer):
             raise InputError(
                 f"{adapting.folder} adapts {layer}, which {whole.folder} has trained whole (modules_to_save); one "
@@ -146,13 +155,29 @@ def _check_whole(adapting: AdapterFile, whole: AdapterFile) -> None:
             )
 
 
-def _others(one: AdapterFile, two: AdapterFile, heads_from: HeadsFrom | None) -> dict[str, Tensor]:
+def _tokens_of(one: AdapterFile, two: AdapterFile, heads_from: HeadsFrom | None) -> AdapterFile:
+    """The adapter whose trained tokens are kept: the only one that has any, or of two with the same the second."""
+    first, second = (getattr(adapter.config, "trainable_token_indices", None) for adapter in (one, two))
+    if first and second and first != second and heads_from is None:
+        raise InputError(
+            "both adapters have trained tokens (trainable_token_indices), and other ones; say whose to keep "
+            "(--heads-from first or second)"
+        )
+    return one if not second or (first and heads_from == "first") else two
+
+
+def _others(
+    one: AdapterFile, two: AdapterFile, tokens_of: AdapterFile, heads_from: HeadsFrom | None
+) -> dict[str, Tensor]:
     """Weights that are trained whole: one adapter's, or of both if they are the same."""
+    same = one.config.trainable_token_indices == two.config.trainable_token_indices  # type: ignore[attr-defined]
     found: dict[str, Tensor] = {}
     order = (two, one) if heads_from == "first" else (one, two)
     for adapter in order:
         for name in adapter.tensors:
             if part_of(name) in LormaConfig.weight_names:
+                continue
+            if name.endswith(DELTA) and not same and adapter is not tokens_of:
                 continue
             tensor = adapter.read(name)
             if heads_from is None and name in found and not torch.equal(found[name], tensor):
@@ -230,13 +255,7 @@ def _places_in(base: Base, one: AdapterFile, two: AdapterFile) -> Places:
     """Side and blocks of every layer for both adapters, asked of the tuner itself on a model without weights."""
     found: list[dict[str, Place]] = []
     for adapter in (one, two):
-        model = meta_model(base, str(adapter.config.task_type))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                adapted: Any = get_peft_model(model, replace(adapter.config), low_cpu_mem_usage=True)
-        except (ValueError, TypeError) as error:
-            raise InputError(one_line(f"{adapter.folder} does not fit the base model: {error}")) from None
+        adapted = _adapted(base, adapter, adapter.config)
         layers = {path: m for path, m in adapted.named_modules() if isinstance(m, LormaLayer)}
         found.append(
             {
@@ -248,12 +267,23 @@ def _places_in(base: Base, one: AdapterFile, two: AdapterFile) -> Places:
     return {name: (first.get(name, second.get(name)), second.get(name, first.get(name))) for name in first | second}  # type: ignore[misc]
 
 
+def _adapted(base: Base, adapter: AdapterFile, config: Any) -> Any:
+    """The base model without weights, adapted; ``adapter`` is named if that is refused."""
+    model = meta_model(base, str(config.task_type))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_peft_model(model, replace(config), low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise InputError(one_line(f"{adapter.folder} does not fit the base model: {error}")) from None
+
+
 def _config(
     one: AdapterFile,
     two: AdapterFile,
     places: Places | None,
     ranks: dict[str, int],
-    heads_from: HeadsFrom | None,
+    tokens_of: AdapterFile,
 ) -> LormaConfig:
     a: Any = one.config
     b: Any = two.config
@@ -271,6 +301,7 @@ def _config(
         layerwise_config(a, modules, ranks),
         side=side,
         modules_to_save=heads or None,
+        trainable_token_indices=tokens_of.config.trainable_token_indices,  # type: ignore[attr-defined]
         lorma_dropout=0.0,
         bias=max((a.bias, b.bias), key=BIASES.index),
         base_model_name_or_path=a.base_model_name_or_path or b.base_model_name_or_path,

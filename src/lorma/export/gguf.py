@@ -108,6 +108,13 @@ def _architecture(adapted: Adapted) -> str:
 
 
 def _check_others(adapted: Adapted) -> None:
+    if adapted.tokens:
+        first = sorted(adapted.tokens)[0]
+        raise InputError(
+            f"the adapter has trained tokens (trainable_token_indices, rows of {first}), which llama.cpp's adapter "
+            "files cannot hold: an update of low rank is all that they add to embeddings; lorma merge writes a whole "
+            "model"
+        )
     if adapted.others:
         first = sorted(adapted.others)[0]
         raise InputError(

@@ -1,8 +1,9 @@
 """An adapter as plain LoRA, which PEFT and every LoRA server load without this library.
 
 LoRMA₊ (:func:`lorma.functional.lora_form`), TLoRA and whatever else gives an exact ``lora_form_of`` come out exactly,
-with a LoRA scaling of 1 in every layer. Trained heads and biases are carried over as they are, under the names that
-PEFT gives them for every method. Fused projections become one LoRA on the whole projection, as servers want it.
+with a LoRA scaling of 1 in every layer. Trained heads, tokens and biases are carried over as they are, under the
+names that PEFT gives them for every method. Fused projections become one LoRA on the whole projection, as servers want
+it.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def export_lora(
     adapted = open_adapter(folder, base)
     forms = forms_of(adapted, truncation, DTYPES[dtype])
     names = _module_names(adapted.peft_model)
-    config, state = _as_peft(adapted.config, forms, names, adapted.others, uniform_rank)
+    trained = {tokens.key: tokens.rows for tokens in adapted.tokens.values()}
+    config, state = _as_peft(adapted.config, forms, names, {**adapted.others, **trained}, uniform_rank)
     recorded = config.base_model_name_or_path
     arguments = {"gguf_file": base.gguf_file, "revision": base.revision, **base.load_kwargs}
     config.base_model_name_or_path = served_name(base, recorded)
@@ -231,6 +233,8 @@ def _as_peft(
         fan_in_fan_out=any(isinstance(form.module, Conv1D) for form in forms),
         bias="lora_only" if source.bias.endswith("_only") else source.bias,
         modules_to_save=sorted(set(source.modules_to_save or ())) or None,
+        trainable_token_indices=source.trainable_token_indices,
+        ensure_weight_tying=source.ensure_weight_tying,
     )
     state = {
         f"{PREFIX}{form.path}.{name}": tensor.contiguous() for form in forms for name, tensor in form.named().items()

@@ -95,7 +95,7 @@ def merge(adapter: Path, output: Path, base: Base, *, verify: bool = True) -> Me
 
     write_folder(output, fill)
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    return Merged(output, len(plan.infos), len(plan.layers) + len(plan.others), size, counted[0], compared, note)
+    return Merged(output, len(plan.infos), plan.changed, size, counted[0], compared, note)
 
 
 class Plan:
@@ -140,6 +140,9 @@ class Plan:
 
     def _comes_apart(self, group: list[str]) -> bool:
         """Whether the weights of these names are one in the base model and differ in the merged one."""
+        trained = {name: self.adapted.tokens[name].key for name in group if name in self.adapted.tokens}
+        if len(group) > 1 and trained:
+            return len(trained) < len(group) or len(set(trained.values())) > 1
         if len(group) == 1 or not any(name in self.layers or name in self.others for name in group):
             return False
         first = self.others.get(group[0])
@@ -175,12 +178,22 @@ class Plan:
         """
         for name in names:
             tensor = self._tensor(name).to(self.infos[name].dtype)
-            if (name in self.layers or name in self.others) and not torch.isfinite(tensor).all():
+            if self._is_changed(name) and not torch.isfinite(tensor).all():
                 raise ValueError(f"the merged {name} holds NaN or infinity; the adapter seems to be broken")
             yield name, tensor
 
+    @property
+    def changed(self) -> int:
+        """How many weights the adapter changes."""
+        return sum(self._is_changed(name) for name in self.infos)
+
+    def _is_changed(self, name: str) -> bool:
+        return name in self.layers or name in self.others or name in self.adapted.tokens
+
     @torch.no_grad()
     def _tensor(self, name: str) -> Tensor:
+        if name in self.adapted.tokens:
+            return self.adapted.tokens[name].put_into(self.adapted.weights.read(name))
         if name in self.others:
             return self.others[name]
         if name not in self.layers:

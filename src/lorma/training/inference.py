@@ -212,7 +212,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise
     except KeyError as error:
         raise InputError(one_line(f"{refusal}: it has no entry {error}")) from error
-    except (ValueError, TypeError, RuntimeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, OSError) as error:
         raise InputError(one_line(f"{refusal}: {error}")) from error
     loss_of_the_task(adapted)
     return adapted.eval()

@@ -27,6 +27,8 @@ from lorma.tuners.untrusted import TensorInfo, read_header, read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+DELTA = "token_adapter.trainable_tokens_delta"
+"""What trained rows of an embedding are called, behind its path."""
 PICKLE_NAME = "adapter_model.bin"
 MAX_FACTOR = check.MAX_RANK
 """Numbers in one factor."""
@@ -141,6 +143,8 @@ def _check_common(content: dict[str, Any]) -> None:
         if value is not None and (not isinstance(value, str) or len(value) > 4096 or not value.isprintable()):
             raise TypeError(f"{name}={value!r} must be a string or null")
     check.check_bool("inference_mode", content.get("inference_mode", True))
+    check.check_bool("ensure_weight_tying", content.get("ensure_weight_tying", False))
+    check.check_tokens("trainable_token_indices", content.get("trainable_token_indices"))
     for name in REFUSED_FIELDS:
         if content.get(name):
             raise ValueError(f"{name} must be null in an adapter that has been trained")
@@ -155,6 +159,10 @@ def _check_common(content: dict[str, Any]) -> None:
         check.check_regex("layers_pattern", pattern)
     for name in ("modules_to_save", "target_parameters"):
         check.check_names(name, content.get(name), pattern=False)
+    if content.get("ensure_weight_tying"):  # with which PEFT reads names as regular expressions
+        for name in ("modules_to_save", "target_modules"):
+            for pattern in content[name] if isinstance(content.get(name), list) else ():
+                check.check_regex(name, pattern)
     for name in ("r", "init_r", "target_r"):
         if content.get(name) and not isinstance(content[name], int):
             raise TypeError(f"{name}={content[name]!r} must be an int")
@@ -185,6 +193,7 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
     """
     check_names(folder, getattr(config, "weight_names", ()), tensors)
     path = folder / WEIGHTS_NAME
+    _check_tokens(folder, config, tensors)
     least = int(config.peft_type != "ADALORA")  # which may leave a layer without a rank
     factors = {name: info for name, info in tensors.items() if part_of(name) in RANK_DIMENSION}
     for name, (shape, dtype) in factors.items():
@@ -224,6 +233,22 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
             raise InputError(
                 f"{path}: {name} has shape {list(shape)}, but {CONFIG_NAME} states rank "
                 f"{' or '.join(map(str, sorted(allowed)))} for it"
+            )
+
+
+def _check_tokens(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse trained tokens of which the file holds another number of rows than the configuration states."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    counts = {len(rows) for rows in (wanted.values() if isinstance(wanted, dict) else [wanted or ()])}
+    path, found = folder / WEIGHTS_NAME, {key: info for key, info in tensors.items() if key.endswith(f".{DELTA}")}
+    if wanted and not found:
+        raise InputError(f"{folder / CONFIG_NAME} states trainable_token_indices; {path} holds no {DELTA}")
+    for name, (shape, dtype) in found.items():
+        if not dtype.is_floating_point or len(shape) != 2 or shape[0] not in counts:
+            allowed = " or ".join(map(str, sorted(counts)))
+            raise InputError(
+                f"{path}: {name} is of type {dtype} and shape {list(shape)}; by trainable_token_indices of "
+                f"{CONFIG_NAME} it holds {allowed} rows of floating-point numbers"
             )
 
 

@@ -44,6 +44,8 @@ def mixed_batch(model: nn.Module, adapter_names: list[str] | None, num_beams: An
     try:
         for layer in layers:
             names = list(adapter_names) if layer in encoded else repeated
+            if isinstance(layer, AuxiliaryTrainingWrapper):  # PEFT's know only the adapters that train something there
+                names = [name if name in layer._get_available_adapters() else BASE for name in names]
             hooks.append(layer.register_forward_pre_hook(_Hand(names), with_kwargs=True))
         yield
     finally:

@@ -173,6 +173,12 @@ def is_lora(config: Any) -> bool:
     return kind == "TLORA" or (kind == "LORMA" and config.inflation == "plus" and not config.use_dora)
 
 
+def _tokens_of(config: Any) -> str:
+    wanted = getattr(config, "trainable_token_indices", None)
+    lists = wanted if isinstance(wanted, dict) else {"": wanted} if wanted else {}
+    return ", ".join(f"{len(rows)} of `{name}`" if name else str(len(rows)) for name, rows in lists.items())
+
+
 def adapter_text(config: Any, about: About, labels: int | None) -> str:
     """What the adapter is and how to use it, in Markdown."""
     base = about.alias or config.base_model_name_or_path or "the base model"
@@ -187,6 +193,7 @@ def adapter_text(config: Any, about: About, labels: int | None) -> str:
         "rank": rank_of(config),
         "layers": f"`{names}`" if names else "",
         "trained whole": ", ".join(f"`{name}`" for name in sorted(config.modules_to_save or ())),
+        "trained tokens": _tokens_of(config),
     }
     table = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items() if value)
     task = str(getattr(config.task_type, "value", config.task_type))

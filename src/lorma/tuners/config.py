@@ -54,6 +54,10 @@ class AdapterConfig(PeftConfig, metaclass=_NamedFields):
         fan_in_fan_out: accepted as in PEFT's LoRA; which way a layer stores its weight is read off its kind.
         bias: which biases train: ``"none"``, ``"all"`` or ``"<method>_only"`` (those of adapted layers).
         modules_to_save: further modules that are trained and saved whole.
+        trainable_token_indices: rows of an embedding that are trained and saved whole: token numbers of the model's
+            input embedding, or a dict from names of embeddings to such lists. Weights tied to it follow.
+        ensure_weight_tying: train embeddings that the model ties as one, where ``modules_to_save`` or
+            ``target_modules`` name one of them; without it they come apart.
         init_weights: False starts from random factors, which is *not* the base model; for tests.
         layers_to_transform, layers_pattern: restrict the adaptation to layers by index, as in PEFT's LoRA.
         rank_pattern: other r for modules by name or regular expression.
@@ -76,6 +80,12 @@ class AdapterConfig(PeftConfig, metaclass=_NamedFields):
     bias: str = field(default="none", metadata={"help": "'none', 'all' or '<method>_only'."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained and saved whole."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained: a list, or lists by name of embedding."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Train tied embeddings as one, in modules_to_save or target_modules."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False: random start (not the base model)."})
     layers_to_transform: list[int] | int | None = field(
@@ -103,13 +113,16 @@ class AdapterConfig(PeftConfig, metaclass=_NamedFields):
         check.check_rank("r", self.r)
         check.check_choice("bias", self.bias, ("none", "all", f"{self.peft_type.lower()}_only"))
         check.check_choice("undo", self.undo, UNDO_CHOICES)
-        for name in ("fan_in_fan_out", "init_weights"):
+        for name in ("fan_in_fan_out", "init_weights", "ensure_weight_tying"):
             check.check_bool(name, getattr(self, name))
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             check.check_names(name, getattr(self, name))
             check.check_regex(name, getattr(self, name))
         for name in ("modules_to_save", "target_parameters"):
             check.check_names(name, getattr(self, name), pattern=False)
+        check.check_tokens("trainable_token_indices", self.trainable_token_indices)
+        self.modules_to_tie: set[str] | None = None
+        self.target_modules_to_tie: set[str] | None = None
         self._check_layers()
         self.rank_pattern = self.rank_pattern or {}
         check.check_pattern("rank_pattern", self.rank_pattern, check.check_rank)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
@@ -24,6 +25,7 @@ from lorma.tuners.originals import MergeReport, remember
 from lorma.tuners.parameter import ParameterWrapper
 from lorma.tuners.quantized import keep_layout, tell_requantization
 from lorma.tuners.targets import no_match
+from lorma.tuners.tying import check_no_bias, check_tokens_fit, plain_path, tied_modules
 
 
 class AdapterModel(BaseTuner):
@@ -54,6 +56,26 @@ class AdapterModel(BaseTuner):
         """Check what can be checked before the first layer is replaced; an older adapter of the same name goes."""
         keep_layout(model)
         _take_off(model, self._new_adapter)
+        tied = self._get_module_names_tied_with_embedding()
+        check_tokens_fit(model, peft_config, tied, lambda path: self._targets(peft_config, path))
+        if peft_config.modules_to_tie:
+            check_no_bias(model, peft_config.modules_to_tie, "ensure_weight_tying")
+
+    def _targets(self, config: Any, path: str) -> bool:
+        found = self._check_target_module_exists(config, path)
+        return bool(found) or self._check_tied_module_exists(config, path) is True
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """As in PEFT, by their paths in the base model also where they are wrapped."""
+        return tied_modules(self.model, super()._get_module_names_tied_with_embedding())
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Of tied modules the input embedding is trained whole; the others follow it."""
+        source = plain_path(_path_of(self.model, self.model.get_input_embeddings()))
+        tied = tuple(tied_weight_keys)
+        rest = [name for name in peft_config.modules_to_save if not any(path.endswith(name) for path in tied)]
+        peft_config.modules_to_save = rest if source.endswith(tuple(rest)) else [*rest, source]
+        peft_config.modules_to_tie = set(tied)
 
     def layer_options(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:
         """What a layer's adapter is told besides its configuration, such as its rank.
@@ -110,7 +132,7 @@ class AdapterModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
         """As in PEFT, but our layers need nothing done: they place their factors, and need not wrap a ``weight``."""
-        if isinstance(child, AdapterLayer) or isinstance(new_module, AdapterLayer):
+        if isinstance(child, (AdapterLayer, AuxiliaryTrainingWrapper)) or isinstance(new_module, AdapterLayer):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -153,6 +175,9 @@ class AdapterModel(BaseTuner):
             raise ValueError(f"adapter_names={adapter_names}: there is no adapter {', '.join(unknown)}")
         for layer in self._layers():
             layer.check_merge(adapter_names, undo, quantized)
+        tokens = [(layer, names) for layer in self._token_layers() if (names := _tokens_to_merge(layer, adapter_names))]
+        for token_layer, names in tokens:
+            token_layer._check_overlapping_tokens(names)
         if safe_merge:
             self._check_finite(adapter_names)
         reports: list[MergeReport | None] = []
@@ -161,6 +186,10 @@ class AdapterModel(BaseTuner):
                 with onload_layer(layer):
                     undoing.callback(_put_back, layer, remember(layer))
                     reports.append(layer.merge(safe_merge, adapter_names, undo=undo, quantized=quantized))
+            for token_layer, names in tokens:
+                undoing.callback(_put_tokens_back, token_layer, list(token_layer.merged_adapters))
+                with onload_layer(token_layer):
+                    token_layer.merge(safe_merge, names)
             undoing.pop_all()
         done = [report for report in reports if report is not None]
         tell_requantization({r.layer: r.requantization_error for r in done})
@@ -172,6 +201,10 @@ class AdapterModel(BaseTuner):
         for layer in reversed(self._layers()):
             with onload_layer(layer):
                 reports.append(layer.unmerge())
+        for token_layer in self._token_layers():
+            if token_layer.merged:
+                with onload_layer(token_layer):
+                    token_layer.unmerge()
         return [report for report in reports if report is not None]
 
     def merge_and_unload(
@@ -210,6 +243,8 @@ class AdapterModel(BaseTuner):
             for layer in layers:
                 layer.undo = dict.fromkeys(layer.undo, layer._undo if layer.merged else "refuse")
                 layer.reports_to = reports
+            for token_layer in self._token_layers():
+                token_layer._check_overlapping_tokens(_tokens_to_merge(token_layer, adapter_names))
             if safe_merge:
                 self._check_finite(adapter_names)
         unload: Any = super()._unload_and_optionally_merge
@@ -229,6 +264,9 @@ class AdapterModel(BaseTuner):
 
     def _layers(self) -> list[AdapterLayer]:
         return [module for module in self.model.modules() if isinstance(module, AdapterLayer)]
+
+    def _token_layers(self) -> list[TrainableTokensLayer]:
+        return [module for module in self.model.modules() if isinstance(module, TrainableTokensLayer)]
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
@@ -314,3 +352,21 @@ def _take_off(model: nn.Module, adapter_name: str) -> None:
 def _put_back(layer: AdapterLayer, put_back: Callable[[], None]) -> None:
     with onload_layer(layer):
         put_back()
+
+
+def _tokens_to_merge(layer: TrainableTokensLayer, adapter_names: list[str] | None) -> list[str]:
+    asked = layer.active_adapters if adapter_names is None else adapter_names
+    known = [name for name in dict.fromkeys(asked) if name in layer.token_indices]
+    return [name for name in known if name not in layer.merged_adapters]
+
+
+def _put_tokens_back(layer: TrainableTokensLayer, merged: list[str]) -> None:
+    """Take the adapters out that have been merged since ``merged`` were, whose rows are others."""
+    now, layer.merged_adapters[:] = list(layer.merged_adapters), [n for n in layer.merged_adapters if n not in merged]
+    if now != merged:
+        layer.unmerge()
+    layer.merged_adapters[:] = merged
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)

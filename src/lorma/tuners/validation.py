@@ -105,6 +105,36 @@ def check_pattern(name: str, value: Any, check: Any) -> None:
         check(f"{name}[{key!r}]", entry)
 
 
+def check_tokens(name: str, value: Any) -> None:
+    """None, a list of different token numbers (ints from 0), or a dict from names of embeddings to such lists."""
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple, dict)):
+        raise TypeError(
+            f"{name}={value!r} must be a list of token numbers, or a dict from names of embeddings to such lists, not "
+            f"{type(value).__name__}"
+        )
+    if not value:
+        raise ValueError(f"{name}={value!r} must name at least one token")
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str) or not key:
+                raise TypeError(f"{name} has the key {key!r}; keys must be names of embeddings")
+            if not isinstance(entry, (list, tuple)):
+                raise TypeError(f"{name}[{key!r}]={entry!r} must be a list of token numbers")
+            check_tokens(f"{name}[{key!r}]", entry)
+        return
+    seen = set()
+    for token in value:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"{name} must hold token numbers (ints from 0); it holds {token!r}")
+        if token < 0:
+            raise ValueError(f"{name} must hold token numbers (ints from 0); it holds {token}")
+        if token in seen:
+            raise ValueError(f"{name} must hold each token once; it holds {token} twice")
+        seen.add(token)
+
+
 def check_seed(name: str, value: Any) -> None:
     """A seed is an int from 0."""
     if isinstance(value, bool) or not isinstance(value, int):

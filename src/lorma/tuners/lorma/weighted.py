@@ -47,6 +47,12 @@ def check_combination(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(twice)} such instance(s). Named by more than one adapter: {', '.join(twice)}."
         )
+    tokens = [name for name in adapters if peft_config[name].trainable_token_indices is not None]
+    if tokens:
+        raise ValueError(
+            f"adapter {tokens[0]!r} has trained tokens (trainable_token_indices), which take the place of rows of an "
+            "embedding and cannot be weighted"
+        )
     for name in adapters:
         config = peft_config[name]
         if config.inflation != "plus":
