@@ -149,3 +149,29 @@ def test_products(base, tmp_path):
     if model.config.tie_word_embeddings:
         with pytest.raises(InputError, match="lm_head, which is tied to the embedding"):
             compose(tmp_path / "head", tmp_path / "tokens", tmp_path / "out", base=base_of(base))
+
+
+@pytest.mark.parametrize("method", [LormaConfig, TLoraConfig])
+def test_one_adapter_on_tied_embeddings(method, base, tmp_path):
+    _, model, batch = base
+    if not model.config.tie_word_embeddings:
+        pytest.skip("nothing is tied")
+    config = method(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    expected = logits(saved(base, config, tmp_path / "adapter"), batch)
+    export_lora(tmp_path / "adapter", tmp_path / "lora", base=base_of(base))
+    exported = loaded(model, tmp_path / "lora")
+    assert_same(logits(exported, batch), expected, logits(model, batch))
+    assert exported.peft_config["default"].ensure_weight_tying
+    merge(tmp_path / "adapter", tmp_path / "merged", base_of(base))
+    again, report = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+    assert again.config.tie_word_embeddings
+    assert_same(logits(again.eval(), batch), expected, logits(model, batch))
+    if method is LormaConfig:
+        with pytest.raises(InputError, match="whether .* is tied to an embedding; name the base model"):
+            compose(tmp_path / "adapter", tmp_path / "adapter", tmp_path / "out")
+        compose(tmp_path / "adapter", tmp_path / "adapter", tmp_path / "out", base=base_of(base))
+        both = loaded(model, tmp_path / "adapter")
+        both.load_adapter(tmp_path / "adapter", "second")
+        both.base_model.set_adapter(["default", "second"])
+        assert_same(logits(loaded(model, tmp_path / "out"), batch), logits(both, batch), logits(model, batch))

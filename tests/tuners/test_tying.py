@@ -241,3 +241,61 @@ def test_folders_whose_tokens_do_not_fit_their_weights(config, tmp_path):
     settings.write_text(json.dumps({**content, **slow}))
     with pytest.raises(InputError, match="modules_to_save"):
         load_adapter(copy.deepcopy(base), tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"], r"(.*\.)?(q_proj|embed_tokens)"])
+@pytest.mark.parametrize("method", ["lorma", "tlora"])
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_one_adapter_on_tied_embeddings(method, targets, tmp_path):
+    base = llama(True)
+
+    def config():
+        return METHODS[method](target_modules=targets, ensure_weight_tying=True, r=4)
+
+    model = adapt(base, config())
+    trained = train(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert_close(embedding.get_delta_weight("default"), head.get_delta_weight("default"))
+    assert embedding.get_delta_weight("default").abs().max() > 1e-3
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not any("lm_head" in name for name in names)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    for quick in (False, True):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=quick, is_trainable=True)
+        assert answers(loaded).equal(trained)
+        train(loaded)
+        assert_close(*(layer.get_delta_weight("default") for layer in (embedding, head)))
+    assert answers(load_adapter(copy.deepcopy(base), tmp_path)).equal(trained)
+    model.add_adapter("second", config())
+    model.set_adapter("second")
+    train(model)
+    assert_close(embedding.get_delta_weight("second"), head.get_delta_weight("second"))
+    model.set_adapter("default")
+    assert answers(model).equal(trained)
+    model.merge_adapter()
+    assert embedding.base_layer.weight is head.base_layer.weight
+    assert_close(answers(model), trained)
+    model.unmerge_adapter()
+    assert embedding.base_layer.weight is head.base_layer.weight
+    assert answers(model).equal(trained)
+    whole = model.merge_and_unload()
+    assert_close(answers(whole), trained)
+    assert whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+    assert whole.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SvftConfig(target_modules=["lm_head"], ensure_weight_tying=True), "with SVFT ties modules_to_save only"),
+        (LormaConfig(target_modules=["lm_head"], ensure_weight_tying=True, use_dora=True), "with use_dora ties"),
+        (
+            LormaConfig(target_modules=["lm_head"], ensure_weight_tying=True, exclude_modules=["embed_tokens"]),
+            "lm_head is tied to the embedding, which is left out of target_modules",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_tied(config, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(llama(True), config)

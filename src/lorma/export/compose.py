@@ -246,6 +246,8 @@ def _place(name: str, present: list[LayerFile], one: AdapterFile, two: AdapterFi
         raise InputError(f"side='auto': the files do not say which side of {name} is multiplied; {hint}")
     if len(sides) > 1:
         raise InputError(f"the first adapter has side={configs[0].side!r}, the second {configs[1].side!r}")
+    if configs[0].ensure_weight_tying and configs[0].side != "post":
+        raise InputError(f"the files do not say whether {name} is tied to an embedding; {hint}")
     if configs[0].target_parameters or ".base_layer" in name:
         raise InputError(f"the files do not say how many matrices {name} holds; {hint}")
     return Place(configs[0].side, 1, config_name(name, configs[0]))

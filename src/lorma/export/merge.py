@@ -145,6 +145,11 @@ class Plan:
             return len(trained) < len(group) or len(set(trained.values())) > 1
         if len(group) == 1 or not any(name in self.layers or name in self.others for name in group):
             return False
+        layers = [self.layers.get(name) for name in group]
+        if all(
+            layer is not None and (layer is layers[0] or layers[0] in layer.twins.get(NAME, ())) for layer in layers
+        ):
+            return False
         first = self.others.get(group[0])
         return first is None or any(
             name not in self.others or not torch.equal(first, self.others[name]) for name in group

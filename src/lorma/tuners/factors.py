@@ -51,6 +51,11 @@ class Factors(nn.ParameterDict):
         """Hold ``tensor`` under ``key`` as a buffer; ``saved``: in the state dict as well."""
         self._new(key).register_buffer(self.leaf, tensor, persistent=saved)
 
+    def share(self, key: str, other: Factors) -> None:
+        """Hold what ``other`` holds under ``key``: one tensor, whatever becomes of it, under two names."""
+        self.add_module(key, other._modules[key])
+        self._keys[key] = None
+
     def is_saved(self, key: str) -> bool:
         """Whether the tensor is part of the state dict."""
         return self.leaf not in self._modules[key]._non_persistent_buffers_set  # type: ignore[union-attr]

@@ -40,6 +40,7 @@ class AdapterLayer(MergeableLayer):
         self.merged_adapters: list[str] = []
         self.quantization_backend = quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self.in_features, self.out_features = self._features()
+        self.twins: dict[str, list[MergeableLayer]] = {}
 
     def _features(self) -> tuple[int, int]:
         return cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
@@ -47,6 +48,14 @@ class AdapterLayer(MergeableLayer):
     def update_layer(self, adapter_name: str, *args: Any, **options: Any) -> None:
         """Add an adapter, or replace the one of this name, with ``config`` and the model's ``layer_options``."""
         raise NotImplementedError
+
+    def tie(self, adapter_name: str, source: Any) -> None:
+        """Make an adapter that of ``source``, an embedding whose weight this layer has as well."""
+        if self._parameter() is source._parameter():
+            others = [source, *source.twins.get(adapter_name, ())]
+            self.twins[adapter_name] = others
+            for other in others:
+                other.twins.setdefault(adapter_name, []).append(self)
 
     @abstractmethod
     def lora_form_of(self, adapter_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:

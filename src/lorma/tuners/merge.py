@@ -48,6 +48,8 @@ class MergeableLayer(BaseTunerLayer):
     """What ``merge`` does with a quantised base when the call does not say: refuse (None), or one of the choices."""
     model_dtype: torch.dtype | None = None
     """The dtype of the model around the layer, where it says one; full precision for ``quantized="dequantize"``."""
+    twins: dict[str, list[MergeableLayer]]
+    """For each adapter the layers that have the same weight and the same adapter, and stay tied when it is merged."""
     reports_to: list[MergeReport] | None = None
     """A list that takes the reports of merges made by PEFT, which does not hand on what ``merge`` returns."""
 
@@ -153,6 +155,7 @@ class MergeableLayer(BaseTunerLayer):
         self._ranges = {**self._ranges, **ranges}
         self._undo = mode
         self.merged_adapters.extend(names)
+        self._join_twins()
         report = self._report(lost)
         if self.reports_to is not None:
             self.reports_to.append(report)
@@ -178,6 +181,14 @@ class MergeableLayer(BaseTunerLayer):
         self._original, self._ranges, self._pending_error = None, {}, 0.0
         self.merged_adapters.clear()
         return report
+
+    def _join_twins(self) -> None:
+        """Share the merged weight with a layer whose weight was the same, and which has the same merged into it."""
+        for other in self.twins.get(self.merged_adapters[0], ()):
+            tied = all(other in self.twins.get(name, ()) for name in self.merged_adapters)
+            if tied and (other.merged_adapters, other._undo) == (self.merged_adapters, self._undo):
+                setattr(self.get_base_layer(), self.weight_name, other._parameter())
+                return
 
     def waiting_adapters(self) -> list[str]:
         """Active adapters that act in the forward pass, in their order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -37,6 +38,8 @@ class AdapterModel(BaseTuner):
     """The method's layer for each kind of module."""
     parameter_class: ClassVar[Any] = None
     """The method's layer for ``target_parameters``, where it has one."""
+    ties_targets: ClassVar[bool] = False
+    """Whether ``ensure_weight_tying`` can put one adapter on an embedding and what is tied to it."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; target modules that match nothing are refused with the closest names there are."""
@@ -77,6 +80,37 @@ class AdapterModel(BaseTuner):
         peft_config.modules_to_save = rest if source.endswith(tuple(rest)) else [*rest, source]
         peft_config.modules_to_tie = set(tied)
 
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Of tied modules the input embedding is adapted; the others get its adapter."""
+        if not self.ties_targets or getattr(peft_config, "use_dora", False):
+            what = "use_dora" if self.ties_targets else str(peft_config.peft_type.value)
+            raise ValueError(
+                f"ensure_weight_tying=True with {what} ties modules_to_save only; target_modules may name none of them"
+            )
+        source, targets = (
+            plain_path(_path_of(self.model, self.model.get_input_embeddings())),
+            peft_config.target_modules,
+        )
+        if isinstance(targets, str):
+            matches = re.fullmatch(targets, source)
+            peft_config.target_modules = targets if matches else f"(?:{targets})|{re.escape(source)}"
+        else:
+            rest = {name for name in targets if not any(f".{path}".endswith(f".{name}") for path in tied_weight_keys)}
+            known = any(f".{source}".endswith(f".{name}") for name in rest)
+            peft_config.target_modules = rest if known else {*rest, source}
+        peft_config.target_modules_to_tie = set(tied_weight_keys)
+
+    def _tie(self, layer: AdapterLayer, path: str, config: Any, adapter_name: str) -> None:
+        if not self._check_tied_module_exists(config, path):
+            return
+        source: Any = self.model.get_input_embeddings()
+        if not isinstance(source, AdapterLayer) or adapter_name not in source.undo:
+            raise ValueError(
+                f"ensure_weight_tying: {path} is tied to the embedding, which is left out of target_modules "
+                "(exclude_modules, layers_to_transform)"
+            )
+        layer.tie(adapter_name, source)
+
     def layer_options(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:
         """What a layer's adapter is told besides its configuration, such as its rank.
 
@@ -111,6 +145,7 @@ class AdapterModel(BaseTuner):
         options = {"config": peft_config, **self.layer_options(peft_config, target, current_key)}
         if isinstance(target, self.tuner_layer_cls) and not nested:
             target.update_layer(adapter_name, **options)
+            self._tie(target, current_key, peft_config, adapter_name)
             return
         if parameter_name is not None:
             if isinstance(target, nn.MultiheadAttention):
@@ -126,6 +161,7 @@ class AdapterModel(BaseTuner):
             quantization = get_quantization_kwargs(self.model)
             layer = cls(target, adapter_name, layer_name=current_key, quantization=quantization, **options)
             layer.model_dtype = getattr(self.model, "dtype", None)
+            self._tie(layer, current_key, peft_config, adapter_name)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

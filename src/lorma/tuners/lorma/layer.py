@@ -41,6 +41,7 @@ class LormaLayer(MagnitudeLayer):
         "side",
         "undo",
         "fused",
+        "twins",
         "_norms",
     )
     sides: tuple[Side, ...] = ("pre", "post")
@@ -89,6 +90,7 @@ class LormaLayer(MagnitudeLayer):
         self.inflation[adapter_name] = cast(Inflation, config.inflation)
         self.side[adapter_name] = side
         self.undo[adapter_name] = config.undo
+        self.twins.pop(adapter_name, None)
         self._set_fused(adapter_name, fused)
         dropout = nn.Dropout(config.lorma_dropout) if config.lorma_dropout > 0 else nn.Identity()
         self.lorma_dropout[adapter_name] = dropout
@@ -101,6 +103,15 @@ class LormaLayer(MagnitudeLayer):
         if config.use_dora:
             self._start_magnitude(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def tie(self, adapter_name: str, source: Any) -> None:
+        """As every layer's: ``W0·I(BA)`` on both, with one A and one B."""
+        for values in ("r", "lorma_alpha", "scaling", "inflation", "side"):
+            getattr(self, values)[adapter_name] = getattr(source, values)[adapter_name]
+        self.fused.pop(adapter_name, None)
+        self.lorma_A.share(adapter_name, source.lorma_A)
+        self.lorma_B.share(adapter_name, source.lorma_B)
+        super().tie(adapter_name, source)
 
     def _set_fused(self, adapter_name: str, fused: FusedProjection | None) -> None:
         self.fused.pop(adapter_name, None)

@@ -22,6 +22,7 @@ class LormaModel(AdapterModel):
     tuner_layer_cls = LormaLayer
     kinds = KINDS
     parameter_class = ParamWrapper
+    ties_targets = True
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check what can be checked before the first layer is replaced."""

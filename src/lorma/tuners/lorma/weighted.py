@@ -61,7 +61,7 @@ def check_combination(
             )
         if config.use_dora:
             raise ValueError(f"adapter {name!r} has use_dora=True, which is no product of low rank")
-        for key in ("side", "fused_projections", "target_parameters"):
+        for key in ("side", "fused_projections", "target_parameters", "ensure_weight_tying"):
             if getattr(config, key) != getattr(first, key):
                 raise ValueError(
                     f"adapters {adapters[0]!r} and {name!r} differ in {key} ({getattr(first, key)!r} and "

@@ -31,13 +31,25 @@ class TLoraLayer(AdapterLayer):
 
     adapter_layer_names = ("tlora_B", "tlora_scale")
     fixed_names = ("tlora_A", "tlora_C")
-    other_param_names = ("r", "seed", "tlora_dropout", "undo", "tlora_A", "tlora_C", "tlora_checksum", "drawn_as")
+    other_param_names = (
+        "r",
+        "seed",
+        "tlora_dropout",
+        "undo",
+        "tlora_A",
+        "tlora_C",
+        "tlora_checksum",
+        "drawn_as",
+        "sources",
+        "twins",
+    )
 
     def __init__(self, base_layer: nn.Module, layer_name: str, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, layer_name, **quantization_kwargs)
         self.r: dict[str, int] = {}
         self.seed: dict[str, int] = {}
         self.drawn_as: dict[str, str] = {}
+        self.sources: dict[str, TLoraLayer] = {}
         self.tlora_dropout = nn.ModuleDict({})
         self.tlora_B = Factors()
         self.tlora_scale = Factors()
@@ -57,6 +69,8 @@ class TLoraLayer(AdapterLayer):
         self.r[adapter_name] = r
         self.seed[adapter_name] = config.seed
         self.undo[adapter_name] = config.undo
+        self.twins.pop(adapter_name, None)
+        self.sources.pop(adapter_name, None)
         self.tlora_dropout[adapter_name] = nn.Dropout(config.tlora_dropout) if config.tlora_dropout else nn.Identity()
         dtype = self._start_dtype()
         self.tlora_B[adapter_name] = nn.Parameter(torch.zeros(r, r, dtype=dtype))
@@ -73,6 +87,23 @@ class TLoraLayer(AdapterLayer):
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def tie(self, adapter_name: str, source: Any) -> None:
+        """As every layer's: ``W0 + α·A·B·C`` for the weight as V × D, so that a linear layer transposes all three."""
+        for values in ("r", "seed"):
+            getattr(self, values)[adapter_name] = getattr(source, values)[adapter_name]
+        self.sources[adapter_name] = source
+        self.tlora_B.share(adapter_name, source.tlora_B)
+        self.tlora_scale.share(adapter_name, source.tlora_scale)
+        saved = source.tlora_A.is_saved(adapter_name)
+        A, C = self._as_here(source, source.tlora_A[adapter_name], source.tlora_C[adapter_name])
+        for held, matrix in ((self.tlora_A, A), (self.tlora_C, C)):
+            held.put(adapter_name, matrix.clone(), saved=saved)
+        super().tie(adapter_name, source)
+
+    def _as_here(self, source: TLoraLayer, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """A and C of an embedding for this layer, which may store the same weight with inputs and outputs swapped."""
+        return (C.mT.contiguous(), A.mT.contiguous()) if self.matrix_shape != source.matrix_shape else (A, C)
 
     def _twin(self, adapter_name: str) -> str | None:
         """Another adapter of the same rank and seed whose A and C came with its file, and may be drawn nowhere else."""
@@ -111,6 +142,9 @@ class TLoraLayer(AdapterLayer):
 
         What ``torch.compile`` puts into the names of modules is left out: the matrices are those of the plain model.
         """
+        if adapter_name in self.sources:
+            source = self.sources[adapter_name]
+            return self._as_here(source, *source.draw_projections(adapter_name))
         name = unwrapped(self.drawn_as.get(adapter_name, self.layer_name))
         return functional.draw_projections(self.seed[adapter_name], name, *self.matrix_shape, self.r[adapter_name])
 
@@ -144,7 +178,10 @@ class TLoraLayer(AdapterLayer):
         A, C = self.tlora_A[adapter_name], self.tlora_C[adapter_name]
         if A.is_meta and like is not None and not like.is_meta:
             A, C = self.draw_projections(adapter_name)
-        all_four = A, self.tlora_B[adapter_name], C, self.tlora_scale[adapter_name]
+        B = self.tlora_B[adapter_name]
+        if adapter_name in self.sources and self.matrix_shape != self.sources[adapter_name].matrix_shape:
+            B = B.mT
+        all_four = A, B, C, self.tlora_scale[adapter_name]
         return all_four if like is None else tuple(t.to(like.device, like.dtype) for t in all_four)
 
     def _stored(self, matrix: Tensor, weight: Tensor) -> Tensor:

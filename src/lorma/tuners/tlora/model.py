@@ -26,6 +26,7 @@ class TLoraModel(AdapterModel):
     tuner_layer_cls = TLoraLayer
     kinds = KINDS
     parameter_class = ParamWrapper
+    ties_targets = True
 
     def layer_options(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:
         """The rank."""
