@@ -10,9 +10,9 @@ from harness import DEVICE
 from torch import nn
 from transformers.utils import logging
 
+from lorma.models.load import load_model, load_tokenizer
+from lorma.schema import ModelSpec
 from lorma.tasks.movie_reviews import load_movie_reviews
-from lorma.training.models import load_model, load_tokenizer
-from lorma.training.recipe import ModelSpec
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

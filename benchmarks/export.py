@@ -18,8 +18,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorma import LormaConfig
+from lorma.deltas.adapted import adapted_layers
 from lorma.export import export_lora_state_dict
-from lorma.export.adapted import adapted_layers
 
 R = 16
 

@@ -33,7 +33,7 @@ import torch
 from harness import parse, parser, write
 
 from lorma.export import Base, export_gguf
-from lorma.training.base_model import base_arguments, finished_adapter
+from lorma.runs.locate import base_arguments, finished_adapter
 from lorma.training.inference import load_predictor
 
 

@@ -35,8 +35,8 @@ SAMPLE_SECONDS = 0.1
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
 WEIGHTS = """
 import sys
-from lorma.training.models import load_model
-from lorma.training.recipe import ModelSpec
+from lorma.models.load import load_model
+from lorma.schema import ModelSpec
 model = load_model(ModelSpec(name=sys.argv[1], quantization=sys.argv[2] or None), "AutoModelForCausalLM")
 tensors = {id(p): p for p in model.parameters()}
 for module in model.modules():

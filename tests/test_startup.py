@@ -33,7 +33,7 @@ def test_commands_without_a_model_import_no_torch(command):
     assert not imported("-m", "lorma", *command) & HEAVY
 
 
-@pytest.mark.parametrize("module", ["lorma", "lorma.tasks", "lorma.training.recipe", "lorma.analysis", "lorma.cli"])
+@pytest.mark.parametrize("module", ["lorma", "lorma.tasks", "lorma.runs.recipe", "lorma.analysis", "lorma.cli"])
 def test_light_modules(module):
     assert not imported("-c", f"import {module}") & HEAVY
 
@@ -55,7 +55,7 @@ def test_peft_knows_our_methods_in_whatever_order_they_are_imported(first):
 
 def test_names_of_the_package():
     import lorma
-    from lorma.tuners import LormaConfig
+    from lorma.methods.lorma.tuner import LormaConfig
 
     assert lorma.LormaConfig is LormaConfig
     assert set(lorma.__all__) <= set(dir(lorma))

@@ -16,16 +16,9 @@ from lorma._version import __version__
 from lorma.errors import InputError
 
 if TYPE_CHECKING:
-    from lorma.tuners import (
-        LormaConfig,
-        LormaModel,
-        MergeReport,
-        TLoraConfig,
-        TLoraModel,
-        hotswap_adapter,
-        prepare_for_hotswap,
-        prepare_gguf_for_training,
-    )
+    from lorma.methods.lorma.tuner import LormaConfig, LormaModel, hotswap_adapter, prepare_for_hotswap
+    from lorma.methods.tlora.tuner import TLoraConfig, TLoraModel
+    from lorma.tuners.originals import MergeReport
 
 __all__ = [
     "InputError",
@@ -41,17 +34,26 @@ __all__ = [
 ]
 
 
+_TUNERS = {
+    **dict.fromkeys(
+        ("LormaConfig", "LormaModel", "hotswap_adapter", "prepare_for_hotswap"), "lorma.methods.lorma.tuner"
+    ),
+    **dict.fromkeys(("TLoraConfig", "TLoraModel"), "lorma.methods.tlora.tuner"),
+    "MergeReport": "lorma.tuners.originals",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _TUNERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lorma._quiet import without_remarks
 
     with without_remarks():
-        return getattr(importlib.import_module("lorma.tuners"), name)
+        return getattr(importlib.import_module(_TUNERS[name]), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-when_peft_is_imported("lorma.tuners")
+when_peft_is_imported("lorma.methods.tuners")

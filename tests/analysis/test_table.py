@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from lorma import formatting as show
 from lorma.analysis import Table, build_table, load_run
-from lorma.analysis import _format as show
 from lorma.errors import InputError
 
 

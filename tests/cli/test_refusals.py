@@ -363,7 +363,7 @@ def test_a_base_in_pytorchs_format_is_refused_with_the_command_that_converts_it(
 @pytest.mark.parametrize("revision", [None, "v1"])
 def test_how_a_hub_model_in_pytorchs_format_is_converted(revision, tmp_path, monkeypatch):
     """The hub's cache holds a ``.bin``; no network is asked."""
-    from lorma.tuners.pickled import conversion_hint
+    from lorma.models.pickled import conversion_hint
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lorma import InputError, LormaConfig
 from lorma.export import Base, export_lora
-from lorma.export.base import meta_model
-from lorma.export.weights import LoadedWeights, SafetensorsWeights, open_weights
+from lorma.models.structure import meta_model
+from lorma.models.weights import LoadedWeights, SafetensorsWeights, open_weights
 
 AUTO = {"bert": "AutoModelForSequenceClassification", "vit": "AutoModelForImageClassification"}
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from lorma import InputError, LormaConfig, TLoraConfig
-from lorma.export.base import Base
 from lorma.export.compose import compose
 from lorma.files import META_FILE
+from lorma.models.structure import Base
 from tuners.conftest import Mlp
 
 KINDS = {
@@ -213,7 +213,7 @@ def test_a_layer_inside_a_module_that_is_trained_whole(bases, tmp_path):
 
 
 def test_a_rank_that_could_not_be_read_again_is_refused_before_anything_is_written(tmp_path):
-    from lorma.tuners.adapter_file import WIDE_RANK
+    from lorma.adapters.folder import WIDE_RANK
 
     folder, rank = tmp_path / "a", WIDE_RANK // 2 + 1
     folder.mkdir()

@@ -7,7 +7,7 @@ import pytest
 from export_cases import logits
 
 from lorma.files import META_FILE
-from lorma.training.base_model import read_meta
+from lorma.runs.locate import read_meta
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_a_model_that_is_packed_or_quantised_otherwise_is_not_prepared(packed):
 
 def test_an_exported_lora_names_the_base_that_a_server_loads(packed, run, tiny_bert, cli, tmp_path):
     from lorma.export import Base
-    from lorma.export.base import served_name
+    from lorma.models.structure import served_name
 
     for path, gguf_file, recorded, served in (
         ("organisation/model", None, "tiny", "organisation/model"),
@@ -292,7 +292,7 @@ def test_an_exported_lora_names_the_base_that_a_server_loads(packed, run, tiny_b
 
 def test_the_card_of_a_quantised_base_says_which_weights(tmp_path):
     from lorma import LormaConfig
-    from lorma.tuners.card import About, adapter_text
+    from lorma.adapters.card import About, adapter_text
 
     config = LormaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="organisation/model")
     text = adapter_text(config, About(quantization="nf4"), None)

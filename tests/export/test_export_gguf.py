@@ -9,10 +9,10 @@ from export_cases import filled, logits
 from safetensors.torch import load_file
 
 from lorma import InputError, LormaConfig, TLoraConfig
+from lorma.adapters.folder import WEIGHTS_NAME
 from lorma.export import Base, Truncation, export_gguf, export_lora
 from lorma.export.gguf import ARCHITECTURES, pair_rotary_rows
 from lorma.export.merge import merge
-from lorma.tuners.adapter_file import WEIGHTS_NAME
 
 gguf = pytest.importorskip("gguf")
 from tiny_gguf import answers, tiny, to_pairs, write_base  # noqa: E402

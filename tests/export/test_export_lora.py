@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorma import InputError, LormaConfig
+from lorma.adapters.folder import WEIGHTS_NAME
+from lorma.deltas.forms import LoraForm
 from lorma.export import Base, Truncation, export_lora, export_lora_state_dict
-from lorma.export.forms import LoraForm
 from lorma.export.lora import _as_peft
 from lorma.export.merge import merge
 from lorma.files import META_FILE, check_output
-from lorma.tuners.adapter_file import WEIGHTS_NAME
-from lorma.tuners.bottleneck import BottleneckConfig
+from lorma.methods.bottleneck.tuner import BottleneckConfig
 
 TINY = LormaConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
 ALONE = """

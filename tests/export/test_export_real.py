@@ -14,9 +14,9 @@ from test_export_lora import ALONE
 
 from lorma import LormaConfig, TLoraConfig
 from lorma.export import Base, export_lora
-from lorma.training.models import load_model
-from lorma.training.packaged import find_model
-from lorma.training.recipe import ModelSpec
+from lorma.models.load import load_model
+from lorma.models.source import find_model
+from lorma.schema import ModelSpec
 
 pytestmark = pytest.mark.slow
 

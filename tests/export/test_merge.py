@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from helpers_cli import cli_process, start_cli
 from lorma import InputError, LormaConfig
+from lorma.adapters.untrusted import TensorInfo
 from lorma.export import Base
 from lorma.export.merge import merge
 from lorma.export.stream import write_safetensors
-from lorma.tuners.untrusted import TensorInfo
 
 PERMUTATION = {"inflation": "permutation", "target_modules": ["query", "dense"]}
 MORE = {

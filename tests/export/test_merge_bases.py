@@ -13,7 +13,7 @@ from lorma import InputError, LormaConfig
 from lorma.export import Base, Truncation, export_lora
 from lorma.export.merge import merge
 from lorma.export.verify import _image
-from lorma.tuners.bottleneck import BottleneckConfig
+from lorma.methods.bottleneck.tuner import BottleneckConfig
 
 SMALL = {
     "vocab_size": 64,

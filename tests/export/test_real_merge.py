@@ -62,7 +62,7 @@ def test_minilm_through_the_command_line(tmp_path):
     from peft.utils import ModulesToSaveWrapper
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from lorma.training.packaged import find_model
+    from lorma.models.source import find_model
 
     first = trained("a", "lorma-plus", tmp_path, r=4)
     second = trained("second", "lorma-plus", tmp_path, r=2, target_modules=["query", "key"])
@@ -98,9 +98,9 @@ def test_memory_and_answers_of_smollm2(tmp_path):
     pytest.importorskip("gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lorma.training.models import load_model
-    from lorma.training.packaged import find_model
-    from lorma.training.recipe import ModelSpec
+    from lorma.models.load import load_model
+    from lorma.models.source import find_model
+    from lorma.schema import ModelSpec
 
     source = find_model("smollm2-135m")
     if source.gguf_file is None:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorma import InputError, LormaConfig, TLoraConfig
+from lorma.adapters.folder import DELTA, read_adapter
 from lorma.export import Base, export_gguf, export_lora, export_lora_state_dict
 from lorma.export.compose import compose
 from lorma.export.merge import merge
-from lorma.tuners.adapter_file import DELTA, read_adapter
 
 TOKENS = [3, 7, 40]
 KEY = f"base_model.model.model.embed_tokens.{DELTA}"

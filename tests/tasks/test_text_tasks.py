@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase
 
 from lorma.errors import InputError
+from lorma.labels import class_order, label_text
 from lorma.tasks import Classification, DataSpec, Prepared, Regression
 from lorma.tasks.classification import classification_metrics, majority_class
-from lorma.tasks.labels import class_order, label_text
 from lorma.tasks.regression import mean_label, regression_metrics
 
 Write = Callable[[str, str | bytes], str]

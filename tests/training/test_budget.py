@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 
 from lorma.errors import InputError
-from lorma.training.budget import TOLERANCE, Counter, parse_budget
-from lorma.training.compare import possible_methods
-from lorma.training.methods import all_methods, get_method, method_names
-from lorma.training.models import attach, count_parameters
-from lorma.training.recipe import load_recipe
+from lorma.experiments.budget import TOLERANCE, Counter, parse_budget
+from lorma.experiments.compare import possible_methods
+from lorma.methods import all_methods, get_method, method_names
+from lorma.models.load import attach, count_parameters
+from lorma.runs.recipe import load_recipe
 
 # OFT's blocks become the nearest size that divides the width, which PEFT remarks on.
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")

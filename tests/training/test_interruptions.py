@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from helpers_cli import cli_process, start_cli
 from lorma.errors import InputError
-from lorma.training.recipe import load_recipe
-from lorma.training.rundir import RunDirectory
+from lorma.runs.directory import RunDirectory
+from lorma.runs.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 

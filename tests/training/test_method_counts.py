@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lorma.training.methods import get_method
-from lorma.training.models import attach, count_parameters
-from lorma.training.recipe import AdapterSpec
+from lorma.methods import get_method
+from lorma.models.load import attach, count_parameters
+from lorma.schema import AdapterSpec
 from paper_models import GEMMA_2B, LLAMA_3_8B, ROBERTA_BASE, ROBERTA_LARGE
 
 QV = ["query", "value"]

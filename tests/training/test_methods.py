@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from helpers_docs import blocks, page
 from lorma.errors import InputError
-from lorma.training.methods import Method, all_methods, get_method, method_names, register_method, registry
-from lorma.training.models import attach, count_parameters
-from lorma.training.recipe import AdapterSpec, TrainSpec, load_recipe
+from lorma.methods import Method, all_methods, get_method, method_names, register_method, registry
+from lorma.models.load import attach, count_parameters
+from lorma.runs.recipe import load_recipe
+from lorma.schema import AdapterSpec, TrainSpec
 from lorma.training.run import train
 
 # PEFT takes a layer that AdaLoRA has left without a rank for a sign of ZeRO-3.
@@ -95,7 +96,7 @@ import json, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 from lorma.training.inference import evaluate
-from lorma.training.rundir import RunDirectory
+from lorma.runs.directory import RunDirectory
 found = {name: evaluate(RunDirectory(Path(sys.argv[1], name))) for name in sys.argv[2:]}
 print("RESULT" + json.dumps(found))
 """

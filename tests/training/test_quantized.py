@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, To
 from helpers_cli import cli_process, start_cli
 from lorma import LormaConfig
 from lorma.errors import InputError
+from lorma.methods.lorma.tuner import LormaLayer
+from lorma.models.load import _bitsandbytes_config, _quantize, load_model
+from lorma.models.source import find_model
+from lorma.schema import ModelSpec
 from lorma.training.inference import load_predictor
-from lorma.training.models import _bitsandbytes_config, _quantize, load_model
-from lorma.training.packaged import find_model
-from lorma.training.recipe import ModelSpec
-from lorma.tuners.lorma import LormaLayer
 
 bnb = pytest.importorskip("bitsandbytes")
 

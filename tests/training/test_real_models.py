@@ -37,7 +37,7 @@ def sums(tmp_path):
 
 def test_smollm2_trains_saves_reloads_in_a_new_process_and_generates(sums, tmp_path):
     pytest.importorskip("gguf")
-    from lorma.training.packaged import ALIASES, find_model
+    from lorma.models.source import ALIASES, find_model
 
     source = find_model("smollm2-135m")
     if source.gguf_file is None:
@@ -82,7 +82,7 @@ def test_minilm_starts_at_the_base_model():
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from lorma import LormaConfig
-    from lorma.training.packaged import find_model
+    from lorma.models.source import find_model
 
     path = find_model("minilm").path
     torch.manual_seed(0)

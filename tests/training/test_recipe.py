@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorma.errors import InputError
-from lorma.training.methods import method_names
-from lorma.training.packaged import ALIASES, RECIPE_FOLDERS, find_model
-from lorma.training.recipe import Recipe, differences, load_recipe, parse_recipe
+from lorma.methods import method_names
+from lorma.models.source import ALIASES, RECIPE_FOLDERS, find_model
+from lorma.runs.recipe import Recipe, differences, load_recipe, parse_recipe
 from lorma.yaml_text import load_yaml
 
 SHIPPED = sorted(file for folder in RECIPE_FOLDERS for file in folder.glob("*.yaml"))

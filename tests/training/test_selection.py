@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from helpers_cli import cli_process, start_cli
 from lorma.analysis import build_table, load_run
-from lorma.training.recipe import differences, load_recipe, parse_recipe
-from lorma.training.rundir import RunDirectory
+from lorma.runs.directory import RunDirectory
+from lorma.runs.recipe import differences, load_recipe, parse_recipe
 from lorma.training.selection import best_step, since_improvement
 
 TRAIN = {"max_steps": 40, "batch_size": 8, "learning_rate": 0.05, "schedule": "constant", "eval_steps": 3}

@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from lorma.errors import InputError
+from lorma.models.load import load_model, load_tokenizer
+from lorma.models.positions import position_limit
+from lorma.models.settled import read_settled
+from lorma.schema import ModelSpec
 from lorma.tasks.stopping import stop_token_ids, turn_end
 from lorma.training.inference import load_predictor
-from lorma.training.models import load_model, load_tokenizer
-from lorma.training.positions import position_limit
-from lorma.training.recipe import ModelSpec
-from lorma.training.settled import read_settled
 
 SHORT, LONG = "the film was great", "the plot of the film was very dull and so slow"
 

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 from lorma import LormaConfig, TLoraConfig
-from lorma.tuners.card import equation_of, is_lora
+from lorma.adapters.card import equation_of, is_lora
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorma import LormaConfig
 from lorma.functional import INFLATIONS, SIDES
-from lorma.tuners.lorma import Linear
+from lorma.methods.lorma.tuner import Linear
 
 
 def make_layer(kind, in_features, out_features, bias, dtype=torch.float64, *, r=2, alpha=3, **config):

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from lorma import LormaConfig, TLoraConfig
 from lorma.functional import INFLATIONS
-from lorma.tuners.lorma import LormaLayer
+from lorma.methods.lorma.tuner import LormaLayer
 
 SIDES = ("pre", "post", "auto")
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from lorma import InputError, LormaConfig, TLoraConfig
+from lorma.adapters.folder import read_adapter
+from lorma.methods.bottleneck.tuner import BottleneckConfig
+from lorma.methods.lorma.tuner.hotswap import hotswap_adapter
 from lorma.training.inference import load_adapter
-from lorma.tuners import BottleneckConfig
-from lorma.tuners.adapter_file import read_adapter
-from lorma.tuners.lorma.hotswap import hotswap_adapter
 from lorma.tuners.names import by_unwrapped, unwrapped
 
 METHODS = [LormaConfig, TLoraConfig, BottleneckConfig]

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 from transformers import AutoModel, GPT2Config, GPT2Model, LlamaConfig, T5Config
 
 from lorma.functional import singular
-from lorma.tuners import BottleneckConfig, SvftConfig
-from lorma.tuners.bottleneck.layer import BottleneckLayer
+from lorma.methods.bottleneck.tuner import BottleneckConfig
+from lorma.methods.bottleneck.tuner.layer import BottleneckLayer
+from lorma.methods.svft.tuner import SvftConfig
 
 TARGETS = ["up", "gate", "conv"]
 CONFIGS = {

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorma import LormaConfig, TLoraConfig
-from lorma.tuners.adapter_file import read_adapter
-from lorma.tuners.bottleneck import BottleneckConfig
-from lorma.tuners.svft import SvftConfig
+from lorma.adapters.folder import read_adapter
+from lorma.methods.bottleneck.tuner import BottleneckConfig
+from lorma.methods.svft.tuner import SvftConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 OLD = Path(__file__).parent / "old_adapters"

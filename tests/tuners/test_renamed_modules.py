@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lorma import LormaConfig, TLoraConfig
+from lorma.methods.tlora.tuner.model import _checksum, _layers
 from lorma.training.inference import load_adapter
-from lorma.tuners.tlora.model import _checksum, _layers
 
 NOW, ONCE = "model.language_model.", "language_model.model."
 

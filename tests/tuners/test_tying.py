@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from lorma import InputError, LormaConfig, TLoraConfig
+from lorma.methods.bottleneck.tuner import BottleneckConfig
+from lorma.methods.svft.tuner import SvftConfig
 from lorma.training.inference import load_adapter
-from lorma.tuners import BottleneckConfig, SvftConfig
 
 METHODS = {"lorma": LormaConfig, "tlora": TLoraConfig, "svft": SvftConfig, "bottleneck": BottleneckConfig}
 TARGETS = ["q_proj", "v_proj"]

@@ -11,9 +11,9 @@ from helpers import adapted
 from safetensors.torch import load_file, save_file
 
 from lorma import InputError, LormaConfig
+from lorma.adapters.folder import read_adapter
+from lorma.adapters.regex_cost import check_cost
 from lorma.errors import one_line
-from lorma.tuners.adapter_file import read_adapter
-from lorma.tuners.regex_cost import check_cost
 
 LAYERS = "|".join(re.escape(f"model.layers.{i}.self_attn.q_proj") for i in range(400))
 

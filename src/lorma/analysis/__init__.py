@@ -1,6 +1,9 @@
 """Finished runs in; numbers, tables, figures and one HTML report out. Never trains, never downloads."""
 
-from lorma.analysis.convergence import (
+from lorma.analysis.figures import evaluation_curves, loss_curves
+from lorma.analysis.report import write_report
+from lorma.analysis.table import Row, Table, build_table
+from lorma.runs.convergence import (
     auc_change,
     default_window,
     final_loss,
@@ -9,10 +12,7 @@ from lorma.analysis.convergence import (
     smooth,
     steps_to_reach,
 )
-from lorma.analysis.figures import evaluation_curves, loss_curves
-from lorma.analysis.report import write_report
-from lorma.analysis.runs import Evaluation, Run, load_run
-from lorma.analysis.table import Row, Table, build_table
+from lorma.runs.reading import Evaluation, Run, load_run
 
 __all__ = [
     "Evaluation",

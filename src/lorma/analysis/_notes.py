@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from lorma.analysis import _format as show
-from lorma.analysis.convergence import has_fallen
-from lorma.analysis.runs import Run
-
-if TYPE_CHECKING:
-    from lorma.analysis.table import Row
+from lorma import formatting as show
+from lorma.analysis.rows import Row
+from lorma.runs.convergence import has_fallen
+from lorma.runs.reading import Run
 
 
 def table_notes(runs: Sequence[Run], rows: Sequence[Row], baseline: str) -> list[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lorma.analysis.convergence import default_window, final_loss, smooth
-from lorma.analysis.runs import Run, tell_apart
 from lorma.analysis.table import BASELINE, trivial_baselines
 from lorma.errors import InputError
+from lorma.runs.convergence import default_window, final_loss, smooth
+from lorma.runs.reading import Run, tell_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,13 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lorma.analysis import _format as show
+from lorma import formatting as show
 from lorma.analysis.figures import THEMES, evaluation_curve, evaluation_curves, loss_curves
-from lorma.analysis.runs import Run, tell_apart
 from lorma.analysis.settings import complete, described
 from lorma.analysis.table import Table, build_table
-from lorma.analysis.trivial import metric_names
 from lorma.files import check_directory
+from lorma.runs.reading import Run, tell_apart
+from lorma.runs.trivial import metric_names
 
 
 def write_report(runs: Sequence[Run], out_dir: str | os.PathLike[str], title: str) -> Path:

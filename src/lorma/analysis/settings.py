@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lorma.analysis import _format as show
-from lorma.analysis.runs import Run
+from lorma import formatting as show
+from lorma.runs.reading import Run
 
 Value = Callable[[Run], str | None]
 

@@ -46,9 +46,9 @@ def compare(
     launcher: Annotated[str | None, typer.Option(help="Start each run with this, e.g. 'accelerate launch'.")] = None,
 ) -> None:
     from lorma.analysis import build_table, load_run, write_report
-    from lorma.training.budget import parse_budget
-    from lorma.training.compare import compare as run_comparison
-    from lorma.training.recipe import load_recipe
+    from lorma.experiments.budget import parse_budget
+    from lorma.experiments.compare import compare as run_comparison
+    from lorma.runs.recipe import load_recipe
 
     check_directory(load_recipe(recipe, overrides, many_runs=True).output)
     console = plain_console()

@@ -46,7 +46,7 @@ def compose(
     from lorma.export import ADAPTER, Base
     from lorma.export.compose import compose as write
     from lorma.files import check_output
-    from lorma.training.base_model import base_arguments, finished_adapter
+    from lorma.runs.locate import base_arguments, finished_adapter
 
     check_output(output, overwrite, first, second, kind=ADAPTER)
     one, two = finished_adapter(first), finished_adapter(second)

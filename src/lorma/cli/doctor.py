@@ -25,7 +25,7 @@ def doctor(
 ) -> None:
     silence_libraries()
     from lorma.export.doctor import environment, examine
-    from lorma.training.base_model import finished_adapter
+    from lorma.runs.locate import finished_adapter
 
     console = plain_console()
     health = examine(finished_adapter(adapter)) if adapter is not None else None

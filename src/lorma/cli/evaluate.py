@@ -23,8 +23,8 @@ def evaluate(
     ] = False,
 ) -> None:
     silence_libraries()
+    from lorma.runs.directory import RunDirectory
     from lorma.training.inference import evaluate as measure
-    from lorma.training.rundir import RunDirectory
 
     for name, value in measure(RunDirectory(run_dir), base, trust_remote_code=trust_remote_code).items():
         typer.echo(f"{name}\t{value:.6g}")

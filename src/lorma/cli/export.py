@@ -56,7 +56,7 @@ def export(
     silence_libraries()
     from lorma.export import ADAPTER, Base, Truncation, export_gguf, export_lora
     from lorma.files import check_output
-    from lorma.training.base_model import base_arguments, finished_adapter
+    from lorma.runs.locate import base_arguments, finished_adapter
 
     check_output(output, overwrite, adapter, kind=None if format == "gguf" else ADAPTER)
     truncation = None

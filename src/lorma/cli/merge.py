@@ -36,7 +36,7 @@ def merge(
     from lorma.export import MODEL, Base
     from lorma.export.merge import merge as write
     from lorma.files import check_output
-    from lorma.training.base_model import base_arguments, finished_adapter
+    from lorma.runs.locate import base_arguments, finished_adapter
 
     check_output(output, overwrite, adapter, kind=MODEL)
     folder = finished_adapter(adapter)

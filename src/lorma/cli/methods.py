@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def methods() -> None:
-    from lorma.training.methods import all_methods
+    from lorma.methods import all_methods
 
     rows = [(m.name, m.equation, m.parameters, m.knob or "—", m.source) for m in all_methods()]
     print_rows(plain_console(), ("method", "adapted weight", "parameters", "adapter.r is", "source"), rows, blocks=True)

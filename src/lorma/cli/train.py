@@ -24,8 +24,8 @@ def train(
     ] = False,
     usage: Annotated[bool, typer.Option(help="Print the lines of Python that use the adapter.")] = True,
 ) -> None:
-    from lorma.training.recipe import load_recipe
-    from lorma.training.rundir import RunDirectory
+    from lorma.runs.directory import RunDirectory
+    from lorma.runs.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     RunDirectory(loaded.output).check(loaded, overwrite)

@@ -17,17 +17,17 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorma.adapters.folder import DELTA, WEIGHTS_NAME, WIDE_RANK, AdapterFile, part_of, read_adapter
+from lorma.adapters.untrusted import copy_json
 from lorma.errors import InputError, one_line
-from lorma.export.base import Base, meta_model
 from lorma.export.output import ADAPTER
 from lorma.files import META_FILE, check_output, write_folder
 from lorma.functional.multiplier import Side
-from lorma.tuners.adapter_file import DELTA, WEIGHTS_NAME, WIDE_RANK, AdapterFile, part_of, read_adapter
-from lorma.tuners.lorma import LormaConfig, LormaLayer
-from lorma.tuners.lorma.files import LayerFile, config_name, layers_of, parts_of, scaling_of, split_factors
-from lorma.tuners.lorma.weighted import layerwise_config, product
+from lorma.methods.lorma.tuner import LormaConfig, LormaLayer
+from lorma.methods.lorma.tuner.files import LayerFile, config_name, layers_of, parts_of, scaling_of, split_factors
+from lorma.methods.lorma.tuner.weighted import layerwise_config, product
+from lorma.models.structure import Base, meta_model
 from lorma.tuners.names import PREFIX
-from lorma.tuners.untrusted import copy_json
 
 HeadsFrom = Literal["first", "second"]
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lorma import functional
 from lorma._version import __version__
+from lorma.adapters.folder import RANK_DIMENSION, AdapterFile, part_of, read_adapter
 from lorma.errors import InputError
 from lorma.functional.multiplier import Side
-from lorma.tuners.adapter_file import RANK_DIMENSION, AdapterFile, part_of, read_adapter
-from lorma.tuners.lorma import LormaConfig
-from lorma.tuners.lorma.files import LayerFile, layers_of, parts_of
+from lorma.methods.lorma.tuner import LormaConfig
+from lorma.methods.lorma.tuner.files import LayerFile, layers_of, parts_of
 from lorma.tuners.names import PREFIX
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets")
@@ -84,7 +84,7 @@ def examine(folder: Path) -> AdapterHealth:
     """Look an adapter folder through, tensor by tensor.
 
     Raises:
-        InputError: the folder cannot be read; see :func:`lorma.tuners.adapter_file.read_adapter`.
+        InputError: the folder cannot be read; see :func:`lorma.adapters.folder.read_adapter`.
     """
     adapter = read_adapter(folder)
     config: Any = adapter.config

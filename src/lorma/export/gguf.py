@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorma.deltas.adapted import Adapted, open_adapter
+from lorma.deltas.forms import CONVOLUTIONS, LoraForm
+from lorma.deltas.truncation import Truncation
 from lorma.errors import InputError
-from lorma.export.adapted import Adapted, open_adapter
-from lorma.export.base import Base
-from lorma.export.forms import CONVOLUTIONS, LoraForm
 from lorma.export.lora import DTYPES, LayerReport, adapter_folder, base_of, check_dtype, forms_of
-from lorma.export.truncation import Truncation
 from lorma.files import check_output, write_file
+from lorma.models.structure import Base
 
 ARCHITECTURES = {
     "llama": "llama",

@@ -21,18 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorma.adapters.card import About, write_card
+from lorma.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, read_config
+from lorma.adapters.untrusted import copy_json
+from lorma.deltas.adapted import NAME, Adapted, adapted_layers, open_adapter, own_part
+from lorma.deltas.forms import LoraForm, lora_form
+from lorma.deltas.truncation import Truncation
 from lorma.errors import InputError
-from lorma.export.adapted import NAME, Adapted, adapted_layers, open_adapter, own_part
-from lorma.export.base import Base, served_name
-from lorma.export.forms import LoraForm, lora_form
 from lorma.export.output import ADAPTER, REPORT_FILE
-from lorma.export.truncation import Truncation
 from lorma.files import META_FILE, check_output, write_folder
-from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, read_config
-from lorma.tuners.card import About, write_card
+from lorma.models.structure import Base, served_name
 from lorma.tuners.kinds import patterns
 from lorma.tuners.names import PREFIX
-from lorma.tuners.untrusted import copy_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

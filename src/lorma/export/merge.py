@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorma.adapters.card import merged_card
+from lorma.adapters.untrusted import TensorInfo, copy_json
+from lorma.deltas.adapted import NAME, Adapted, open_adapter, own_name, plain_name
 from lorma.errors import InputError
-from lorma.export.adapted import NAME, Adapted, open_adapter, own_name, plain_name
-from lorma.export.base import Base, served_name
 from lorma.export.output import COPIED, GENERATION_FILE, MODEL, SHARD_FILE, TEMPLATES
 from lorma.export.stream import CODES, write_safetensors
 from lorma.export.verify import check_same, load_adapted_outputs
-from lorma.export.weights import INDEX_FILE, SINGLE_FILE, LoadedWeights, SafetensorsWeights, base_file
 from lorma.files import META_FILE, check_output, write_folder
-from lorma.tuners.card import merged_card
-from lorma.tuners.untrusted import TensorInfo, copy_json
+from lorma.models.structure import Base, served_name
+from lorma.models.weights import INDEX_FILE, SINGLE_FILE, LoadedWeights, SafetensorsWeights, base_file
 
 SHARD_BYTES = 5 * 10**9
 """Size of a shard where the base checkpoint gives none."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lorma.export.weights import INDEX_FILE, SINGLE_FILE
+from lorma.adapters.card import NAME as CARD_FILE
+from lorma.adapters.folder import CONFIG_NAME, WEIGHTS_NAME
 from lorma.files import META_FILE, FolderKind
-from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME
-from lorma.tuners.card import NAME as CARD_FILE
+from lorma.models.weights import INDEX_FILE, SINGLE_FILE
 
 REPORT_FILE = "export.json"
 SHARD_FILE = "model-{:05d}-of-{:05d}.safetensors"

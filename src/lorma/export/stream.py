@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorma.tuners.untrusted import DTYPES, TensorInfo
+from lorma.adapters.untrusted import DTYPES, TensorInfo
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 

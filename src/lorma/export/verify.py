@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lorma.deltas.adapted import NAME, Adapted, adapted_layers, own_name
 from lorma.errors import one_line
-from lorma.export.adapted import NAME, Adapted, adapted_layers, own_name
-from lorma.export.base import Base
-from lorma.export.weights import LoadedWeights, load_whole
+from lorma.models.structure import Base
+from lorma.models.weights import LoadedWeights, load_whole
 
 PROMPT = "Multiplying a weight by a matrix near the identity changes little, and what it changes can be measured."
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}

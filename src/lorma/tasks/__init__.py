@@ -6,12 +6,12 @@ Importing this package is quick; torch, transformers and datasets are imported w
 from __future__ import annotations
 
 from lorma.errors import InputError, did_you_mean
+from lorma.schema import DataSpec
 from lorma.tasks.base import Prepared, Task
 from lorma.tasks.causal_lm import CausalLM
 from lorma.tasks.classification import Classification
 from lorma.tasks.prediction import answer_line, input_columns, kept_columns, read_prediction_rows, text_row
 from lorma.tasks.regression import Regression
-from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import Rows, Splits, load_splits
 
 __all__ = [

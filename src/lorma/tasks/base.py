@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorma.errors import InputError
-from lorma.tasks.spec import DataSpec
+from lorma.schema import DataSpec
 from lorma.tasks.table import quiet
 
 if TYPE_CHECKING:

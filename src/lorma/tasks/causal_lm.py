@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorma.errors import InputError
+from lorma.schema import DataSpec
 from lorma.tasks.base import Meta, Prepared, Row, Task, fit_length, reject_fields, set_padding, tokenise
 from lorma.tasks.chat import TEMPLATE_COLUMNS, ChatTemplate, encode_chats
-from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import Rows, load_splits
 from lorma.tasks.text_input import cell_text
 

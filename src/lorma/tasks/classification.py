@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorma.errors import InputError, did_you_mean
+from lorma.labels import class_order, label_text, listed
+from lorma.schema import DataSpec
 from lorma.tasks.base import Meta, Prepared, TrivialBaseline
-from lorma.tasks.labels import class_order, label_text, listed
-from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import Rows, Splits, load_splits
 from lorma.tasks.text_input import TextTask
 
@@ -22,7 +22,7 @@ class Classification(TextTask):
     """Single-label classification of texts or pairs of texts.
 
     Columns: ``data.text`` (default ``text``), ``data.text_pair`` and ``data.label`` (default ``label``). Labels may
-    be text, whole numbers or booleans, see :func:`lorma.tasks.labels.label_text`; numbers that a data set declares
+    be text, whole numbers or booleans, see :func:`lorma.labels.label_text`; numbers that a data set declares
     as class labels stand for the names it declares. The order of the classes is ``data.labels``, else the order the
     data set declares, else sorted.
     """

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError, closest
-from lorma.tasks.labels import listed
+from lorma.labels import listed
 
 if TYPE_CHECKING:
     import pyarrow as pa

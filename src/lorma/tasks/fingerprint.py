@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from lorma.tasks.spec import DataSpec
+from lorma.schema import DataSpec
 from lorma.tasks.table import kind_of_source, quiet
 
 CHUNK = 1 << 20

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorma.errors import InputError, did_you_mean
+from lorma.labels import listed
+from lorma.schema import check_delimiter, check_encoding
 from lorma.tasks.base import Meta
 from lorma.tasks.chat import check_messages
 from lorma.tasks.files import (
@@ -21,8 +23,6 @@ from lorma.tasks.files import (
     read_rows,
     read_text,
 )
-from lorma.tasks.labels import listed
-from lorma.tasks.spec import check_delimiter, check_encoding
 from lorma.tasks.table import all_rows
 
 INPUT_FIELDS = ("text", "text_pair", "prompt", "messages")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorma.errors import InputError
+from lorma.schema import DataSpec
 from lorma.tasks.base import Meta, Prepared, TrivialBaseline
-from lorma.tasks.spec import DataSpec
 from lorma.tasks.table import PACKAGED, Rows, load_splits
 from lorma.tasks.text_input import TextTask
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorma.errors import InputError, closest, did_you_mean
+from lorma.labels import listed
+from lorma.schema import DataSpec
 from lorma.tasks.files import EXTENSIONS, check_exists, check_unicode, extension, read_file
-from lorma.tasks.labels import listed
 from lorma.tasks.movie_reviews import load_movie_reviews
-from lorma.tasks.spec import DataSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset

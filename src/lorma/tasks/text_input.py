@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
+from lorma.schema import DataSpec, shared_column
 from lorma.tasks.base import (
     Meta,
     Prepared,
@@ -17,7 +18,6 @@ from lorma.tasks.base import (
     set_padding,
     tokenise,
 )
-from lorma.tasks.spec import DataSpec, shared_column
 from lorma.tasks.table import Rows
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorma.training.packaged import ALIASES
-from lorma.training.recipe import Recipe
-from lorma.training.settled import Settled
-from lorma.tuners.card import About
+from lorma.adapters.card import About
+from lorma.models.settled import Settled
+from lorma.models.source import ALIASES
+from lorma.runs.recipe import Recipe
 from lorma.yaml_text import dump_yaml
 
 

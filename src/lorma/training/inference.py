@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
+from lorma.adapters.card import base_code, predictor_code, use_code
+from lorma.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
+from lorma.adapters.untrusted import read_json
 from lorma.errors import InputError, one_line, reading
 from lorma.files import META_FILE
+from lorma.methods.adalora import loss_of_the_task
+from lorma.models.load import load_model, load_tokenizer, locate
+from lorma.models.positions import position_limit
+from lorma.models.settled import read_settled
+from lorma.runs.directory import RunDirectory
+from lorma.runs.locate import find_base, named_base, read_meta
 from lorma.tasks import CausalLM, Task, get_task
 from lorma.tasks.stopping import stop_token_ids
-from lorma.training.base_model import find_base, named_base, read_meta
-from lorma.training.methods.adalora import loss_of_the_task
-from lorma.training.models import load_model, load_tokenizer, locate
-from lorma.training.positions import position_limit
-from lorma.training.rundir import RunDirectory
-from lorma.training.settled import read_settled
-from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
-from lorma.tuners.card import base_code, predictor_code, use_code
 from lorma.tuners.names import renamed
-from lorma.tuners.untrusted import read_json
 
 BATCH = 16
 

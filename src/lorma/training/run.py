@@ -14,26 +14,26 @@ from rich.console import Console
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from lorma import formatting as show
 from lorma._version import __version__
-from lorma.analysis import _format as show
-from lorma.analysis import loss_auc
-from lorma.analysis.runs import SCHEMA_VERSION
-from lorma.analysis.trivial import metric_names, warnings_of
+from lorma.adapters.card import write_card
 from lorma.files import META_FILE, write_atomic, write_folder
+from lorma.methods import get_method
+from lorma.models.load import attach, count_parameters, load_model, load_tokenizer, locate
+from lorma.models.settled import Settled, settle, try_saving
+from lorma.runs.convergence import loss_auc
+from lorma.runs.directory import KEPT_CHECKPOINTS, RunDirectory
+from lorma.runs.reading import SCHEMA_VERSION
+from lorma.runs.recipe import Recipe
+from lorma.runs.trivial import metric_names, warnings_of
 from lorma.tasks import Prepared, Task, get_task
 from lorma.tasks.fingerprint import fingerprints
 from lorma.training.callbacks import ProgressBar, RunRecorder
 from lorma.training.card import about_training
 from lorma.training.memory import peak_memory, reset_peak_memory
-from lorma.training.methods import get_method
-from lorma.training.models import attach, count_parameters, load_model, load_tokenizer, locate
 from lorma.training.processes import processes
-from lorma.training.recipe import Recipe
-from lorma.training.rundir import KEPT_CHECKPOINTS, RunDirectory
 from lorma.training.selection import Selection
-from lorma.training.settled import Settled, settle, try_saving
 from lorma.training.trainer import MethodTrainer
-from lorma.tuners.card import write_card
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> RunDirectory:

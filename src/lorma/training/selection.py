@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorma.runs.directory import RunDirectory
 from lorma.tasks import Task
-from lorma.training.rundir import RunDirectory
 
 if TYPE_CHECKING:
-    from lorma.training.recipe import TrainSpec
+    from lorma.schema import TrainSpec
 
 Evaluation = tuple[int, float]
 """An optimizer step and the value of the metric there; NaN where it is not defined."""

@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from lorma.methods import Method
+from lorma.schema import TrainSpec
 from lorma.tasks import CausalLM, Task
-from lorma.training.methods import Method
-from lorma.training.recipe import TrainSpec
 
 
 class MethodTrainer(Trainer):

@@ -1,25 +1,6 @@
-"""LoRMA, TLoRA and what they are compared with as PEFT methods: configurations, layers, models, registration."""
+"""What the tuners of all methods share: PEFT integration, without any method of its own.
 
-from lorma.tuners.bottleneck import BottleneckConfig, BottleneckModel
-from lorma.tuners.lorma import LormaConfig, LormaLayer, LormaModel, hotswap_adapter, prepare_for_hotswap
-from lorma.tuners.originals import MergeReport
-from lorma.tuners.quantized import prepare_gguf_for_training
-from lorma.tuners.svft import SvftConfig, SvftModel
-from lorma.tuners.tlora import TLoraConfig, TLoraLayer, TLoraModel
+PEFT is imported before the first module here: then all tuners are imported, and find these modules whole.
+"""
 
-__all__ = [
-    "BottleneckConfig",
-    "BottleneckModel",
-    "LormaConfig",
-    "LormaLayer",
-    "LormaModel",
-    "MergeReport",
-    "SvftConfig",
-    "SvftModel",
-    "TLoraConfig",
-    "TLoraLayer",
-    "TLoraModel",
-    "hotswap_adapter",
-    "prepare_for_hotswap",
-    "prepare_gguf_for_training",
-]
+import peft  # noqa: F401

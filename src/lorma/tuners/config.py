@@ -10,12 +10,12 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from lorma.adapters import validation as check
+from lorma.adapters.card import write_card
+from lorma.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_weights, read_config
+from lorma.adapters.untrusted import read_header
 from lorma.errors import did_you_mean
-from lorma.tuners import validation as check
-from lorma.tuners.adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_weights, read_config
-from lorma.tuners.card import write_card
 from lorma.tuners.merge import UNDO_CHOICES
-from lorma.tuners.untrusted import read_header
 
 LORAS_FIELDS = {"lora_bias": "bias", "init_lora_weights": "init_weights"}
 """Fields of LoRA whose names here are not LoRA's with the method's name in place of ``lora``."""
@@ -144,7 +144,7 @@ class AdapterConfig(PeftConfig, metaclass=_NamedFields):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``, and the model card beside it; see :mod:`lorma.tuners.card`."""
+        """Write ``adapter_config.json``, and the model card beside it; see :mod:`lorma.adapters.card`."""
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory), self)
 
@@ -153,7 +153,7 @@ class AdapterConfig(PeftConfig, metaclass=_NamedFields):
         """Read ``adapter_config.json`` of a folder or hub repository.
 
         A local folder's ``adapter_model.safetensors`` is looked at as well, so that a truncated or foreign file, or
-        one of other ranks, is refused before a model is touched; see :mod:`lorma.tuners.adapter_file`.
+        one of other ranks, is refused before a model is touched; see :mod:`lorma.adapters.folder`.
 
         Raises:
             TypeError, ValueError: for values that are not allowed, or weights that do not belong to them.

@@ -24,11 +24,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lorma.adapters.validation import check_choice
 from lorma.functional.multiplier import widen
 from lorma.tuners.originals import MergeReport, Original, rounding_error
 from lorma.tuners.placing import is_sharded
 from lorma.tuners.quantized import QuantizedOriginal, dequantized, write_quantized
-from lorma.tuners.validation import check_choice
 
 UNDO_CHOICES = ("snapshot", "inverse", "refuse")
 QUANTIZED_CHOICES = ("requantize", "dequantize")

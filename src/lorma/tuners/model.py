@@ -15,7 +15,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lorma.tuners.adapter_file import check_known
+from lorma.adapters.folder import check_known
 from lorma.tuners.batches import mixed_batch
 from lorma.tuners.encoders import leave_fast_paths, return_to_fast_paths
 from lorma.tuners.factors import leaf_of, without_leaf

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorma.tuners.quantized import QuantizedOriginal
-
-if TYPE_CHECKING:
-    from lorma.tuners.merge import MergeableLayer
 
 
 @dataclass(frozen=True)
@@ -35,21 +32,21 @@ class MergeReport:
 class Original:
     """The parameter that a layer had before a merge."""
 
-    def __init__(self, layer: MergeableLayer) -> None:
+    def __init__(self, layer: Any) -> None:
         self.parameter = layer._parameter()
 
-    def read(self, layer: MergeableLayer) -> Tensor:
+    def read(self, layer: Any) -> Tensor:
         """The original weight; ``layer`` is left as it is."""
         return self.parameter.data
 
-    def restore(self, layer: MergeableLayer) -> None:
+    def restore(self, layer: Any) -> None:
         """Put the parameter back, to where and in the dtype in which the merged one is by now."""
         now = layer._parameter()
         self.parameter.data = self.parameter.data.to(device=now.device, dtype=now.dtype)
         setattr(layer.get_base_layer(), layer.weight_name, self.parameter)
 
 
-def remember(layer: MergeableLayer) -> Callable[[], None]:
+def remember(layer: Any) -> Callable[[], None]:
     """Note everything that a merge changes; calling the result puts it back, whatever has happened since."""
     fields = ("_original", "_undo", "_ranges", "_pending_error", "_drift")
     state = {name: getattr(layer, name) for name in fields}

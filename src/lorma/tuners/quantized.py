@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils.quantization_utils import (
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 
 from lorma.errors import InputError
 from lorma.functional.multiplier import widen
-
-if TYPE_CHECKING:
-    from lorma.tuners.merge import MergeableLayer
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +110,7 @@ class UnknownTorchaoBackend(TorchaoBackend):
         )
 
 
-def dequantized(layer: MergeableLayer) -> Tensor:
+def dequantized(layer: Any) -> Tensor:
     """The base weight as a floating-point tensor (d × k).
 
     Raises:
@@ -137,7 +134,7 @@ def dequantized(layer: MergeableLayer) -> Tensor:
     return read(base).detach()
 
 
-def write_quantized(layer: MergeableLayer, merged: Tensor, how: str) -> float:
+def write_quantized(layer: Any, merged: Tensor, how: str) -> float:
     """Put a merged weight into a layer with a quantised base.
 
     Args:
@@ -176,7 +173,7 @@ class QuantizedOriginal:
     ``quant_state``) and may replace the parameter, its attributes or the whole layer; all of that is noted.
     """
 
-    def __init__(self, layer: MergeableLayer) -> None:
+    def __init__(self, layer: Any) -> None:
         self.backend = layer.quantization_backend
         self.module: Any = layer.get_base_layer()
         self.parameter = self.module.weight
@@ -184,7 +181,7 @@ class QuantizedOriginal:
         self.state = copy.copy(getattr(self.module, "state", None))
         self.quant_state = getattr(self.module, "quant_state", None)
 
-    def read(self, layer: MergeableLayer) -> Tensor:
+    def read(self, layer: Any) -> Tensor:
         """The original weight in floating point; ``layer`` is left as it is."""
         now = QuantizedOriginal(layer)
         self.restore(layer)
@@ -193,7 +190,7 @@ class QuantizedOriginal:
         finally:
             now.restore(layer)
 
-    def restore(self, layer: MergeableLayer) -> None:
+    def restore(self, layer: Any) -> None:
         """Put everything back into ``layer``."""
         layer.base_layer = self.module
         layer.quantization_backend = self.backend

@@ -1,0 +1,26 @@
+"""The fine-tuning methods a recipe can name, each built from the same few knobs. Light to import.
+
+A method of your own is a module that calls :func:`register_method`, and an entry point of the group ``lorma.methods``
+that names the module; see docs/methods.md.
+"""
+
+from lorma.methods import whole  # isort: skip
+from lorma.methods import adalora, peft  # isort: skip
+from lorma.methods import bottleneck, lorma, svft, tlora
+from lorma.methods.base import GROUP, Method, all_methods, get_method, method_names, register_method
+
+__all__ = [
+    "GROUP",
+    "Method",
+    "adalora",
+    "all_methods",
+    "bottleneck",
+    "get_method",
+    "lorma",
+    "method_names",
+    "peft",
+    "register_method",
+    "svft",
+    "tlora",
+    "whole",
+]

@@ -1,0 +1,10 @@
+"""Bottleneck adapters as a PEFT method."""
+
+from lorma.methods.bottleneck.tuner.config import BottleneckConfig
+from lorma.methods.bottleneck.tuner.layer import BottleneckLayer
+from lorma.methods.bottleneck.tuner.model import BottleneckModel
+from lorma.tuners.registration import register
+
+register("bottleneck", BottleneckConfig, BottleneckModel)
+
+__all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel"]

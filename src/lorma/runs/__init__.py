@@ -1,0 +1,1 @@
+"""A run directory: its recipe, its metrics, what it has trained; one reader and one writer."""
