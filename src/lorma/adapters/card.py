@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from lorma.adapters.kinds import kind_of
 from lorma.adapters.untrusted import read_header
 
 NAME = "README.md"
@@ -81,7 +82,7 @@ def write_card(folder: Path, config: Any, about: About | None = None) -> None:
         card.text = OWN.sub(lambda _: body.rstrip("\n"), card.text)
     else:
         return
-    method, tags = method_of(config), set(card.data.get("tags") or ())
+    method, tags = kind_of(config).title(config), set(card.data.get("tags") or ())
     card.data["base_model"] = base
     if base is None:  # PEFT claims whatever name the model has
         tags = {tag for tag in tags if not tag.startswith("base_model:")}
@@ -137,40 +138,12 @@ def predictor_code(folder: str) -> list[str]:
     return ["from lorma.training.inference import load_predictor", f"model = load_predictor({folder!r}).model"]
 
 
-def method_of(config: Any) -> str:
-    """``"LoRMA"``, ``"DoRMA"``, ``"TLoRA"``, ``"LoRA"`` or ``"DoRA"``; the name in PEFT of another method."""
-    name = str(getattr(config.peft_type, "value", config.peft_type))
-    if getattr(config, "use_dora", False):
-        name = {"LORMA": "DoRMA", "LORA": "DoRA"}.get(name, name)
-    return {"LORMA": "LoRMA", "TLORA": "TLoRA", "LORA": "LoRA"}.get(name, name)
-
-
 def rank_of(config: Any) -> str:
     """The rank in words; empty for a method without one, or that gives layers ranks of their own (AdaLoRA)."""
     patterns = getattr(config, "rank_pattern", None)
     if hasattr(config, "target_r") or not getattr(config, "r", 0):
         return ""
     return f"{config.r}{' (others by layer)' if patterns else ''}"
-
-
-def equation_of(config: Any) -> str:
-    """The adapted weight, with its source; empty for a method that is not known here."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind == "TLORA":
-        return "`W = W0 + α·(A·B·C)ᵀ` with A and C fixed and random, B and α trained (TLoRA, arXiv 2504.18735)"
-    if kind != "LORMA":
-        return ""
-    multiplier = {"plus": "(I + s·BA)", "permutation": "s·Iπ(BA)", "none": "s·BA"}[config.inflation]
-    product = f"W0·{multiplier}" if config.side == "post" else f"{multiplier}·W0"
-    where = ", on the narrower side of each layer" if config.side == "auto" else ""
-    rows = ", each row rescaled to a trained magnitude (DoRA, arXiv 2402.09353)" if config.use_dora else ""
-    return f"`W = {product}`{where} with A and B trained{rows} (LoRMA, arXiv 2506.07621)"
-
-
-def is_lora(config: Any) -> bool:
-    """Whether adapters of this configuration are plain LoRAs in other words."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    return kind == "TLORA" or (kind == "LORMA" and config.inflation == "plus" and not config.use_dora)
 
 
 def _tokens_of(config: Any) -> str:
@@ -181,6 +154,8 @@ def _tokens_of(config: Any) -> str:
 
 def adapter_text(config: Any, about: About, labels: int | None) -> str:
     """What the adapter is and how to use it, in Markdown."""
+    kind = kind_of(config)
+    title = kind.title(config)
     base = about.alias or config.base_model_name_or_path or "the base model"
     shown = f"`{base}`" + f", {about.quantization}" * bool(about.quantization)
     targets = config.target_modules
@@ -189,7 +164,7 @@ def adapter_text(config: Any, about: About, labels: int | None) -> str:
         names = f"{names[:300]}…"
     rows = {
         "base model": f"{shown} (a name of lorma's)" if about.alias else shown,
-        "adapted weight": equation_of(config) or method_of(config),
+        "adapted weight": kind.equation(config) or title,
         "rank": rank_of(config),
         "layers": f"`{names}`" if names else "",
         "trained whole": ", ".join(f"`{name}`" for name in sorted(config.modules_to_save or ())),
@@ -208,12 +183,12 @@ def adapter_text(config: Any, about: About, labels: int | None) -> str:
         loading = base_code(auto_model, base, given, own=not foreign)
         use, where = use_code(loading, "THIS_FOLDER", imports), "this folder, or its name on the hub"
     without = ""
-    if equation_of(config):
+    if kind.equation(config):
         without = _without_lorma(config, about, base, load)
     elif about.alias and not config.base_model_name_or_path:
         without = NAMELESS.format(base)
     return (
-        f"# {method_of(config)} adapter for {base}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n"
+        f"# {title} adapter for {base}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n"
         f"{_python(use)}\n`THIS_FOLDER` is {where}.\n{without}"
     )
 
@@ -223,7 +198,7 @@ def _without_lorma(config: Any, about: About, base: str, load: str) -> str:
     file = about.arguments.get("gguf_file")
     chosen = f" --base {f'{base}/{file}' if file else base}" if about.quantization else ""
     merge = f"lorma merge THIS_FOLDER{chosen} -o MERGED_FOLDER"
-    if not is_lora(config):
+    if kind_of(config).not_lora(config):
         return (
             "\n## Without lorma\n\n"
             f"Merged into the base model it is an ordinary checkpoint:\n\n```\n{merge}\n```\n\n"
@@ -254,14 +229,15 @@ def merged_card(config: Any, base_name: str | None) -> str:
     Args:
         base_name: the name under which others load the base model; None where there is none.
     """
-    base = config.base_model_name_or_path
+    base, kind = config.base_model_name_or_path, kind_of(config)
+    title = kind.title(config)
     claimed = base_name if on_hub(base_name) else None
     data: Any = ModelCardData(library_name="transformers", base_model=claimed, tags=["lorma", "merged"])
     task = str(getattr(config.task_type, "value", config.task_type))
     return (
         f"---\n{data.to_yaml()}\n---\n{BEGIN}\n"
-        f"# {base or 'A base model'} with a {method_of(config)} adapter merged in\n\n"
-        f"{equation_of(config) or method_of(config)}, rank {config.r}. The weights hold the product; nothing but "
+        f"# {base or 'A base model'} with a {title} adapter merged in\n\n"
+        f"{kind.equation(config) or title}, rank {config.r}. The weights hold the product; nothing but "
         f"transformers is needed:\n\n```python\nimport transformers\n\n"
         f'model = transformers.{AUTO_CLASSES.get(task, "AutoModel")}.from_pretrained("THIS_FOLDER")\n```\n{END}\n'
     )

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorma.adapters import validation as check
+from lorma.adapters.kinds import kind_of, known_types, rank_dimensions
 from lorma.adapters.regex_cost import NAME_LENGTH, ways_of
 from lorma.adapters.untrusted import TensorInfo, read_header, read_json
 from lorma.errors import InputError, did_you_mean, one_line
@@ -36,8 +37,6 @@ MAX_PATTERNS = 1024
 """Entries of ``rank_pattern`` and the like, each of which PEFT matches against each layer."""
 MAX_WORK = 2 * 10**8
 """Ways to match all patterns on all weights: some four seconds. They grow with the fourth power of a name's length."""
-FROM_PEFT = ("LORA", "ADALORA", "VERA", "HIRA", "OFT")
-"""PEFT's own methods that are read: those that recipes can name. Others load further files or tokenizers by name."""
 REFUSED_FIELDS = """layer_replication megatron_config loftq_config eva_config corda_config lora_ga_config
     arrow_config""".split()
 """Fields of those with which PEFT imports modules or computes on data; a trained adapter needs none of them."""
@@ -45,18 +44,6 @@ MODEST_RANK = 256
 """A stated rank up to this is allowed where no weight is as wide: TLoRA's files hold nothing wider than their ranks."""
 WIDE_RANK = 4096
 """A rank above this may not exceed the weight's other dimension: r × r numbers would be more than the file holds."""
-RANK_DIMENSION = {
-    **{
-        f"{method}_{factor}": int(factor == "B")
-        for method in ("lora", "hira", "lorma", "lora_embedding")
-        for factor in "AB"
-    },
-    "tlora_A": 1,
-    "tlora_B": 0,
-    "tlora_C": 0,
-    "vera_lambda_d": 0,
-}
-"""Which dimension of a weight is the adapter's rank, by the name of the weight."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +110,9 @@ def read_config(folder: Path) -> PeftConfig:
         hint = did_you_mean(kind, known) if isinstance(kind, str) else ""
         raise InputError(one_line(f"{path}: peft_type={kind!r} is no method of PEFT or lorma{hint}"))
     cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]  # type: ignore[index]
-    if cls.__module__.startswith("peft.") and kind not in FROM_PEFT:
-        raise InputError(f"{path}: peft_type={kind!r} is not read here; allowed of PEFT's own: {', '.join(FROM_PEFT)}")
+    if cls.__module__.startswith("peft.") and kind not in known_types():  # which may load further files by name
+        own = [name for name in known_types() if name in known and _from_peft(name)]
+        raise InputError(f"{path}: peft_type={kind!r} is not read here; allowed of PEFT's own: {', '.join(own)}")
     try:
         _check_common(content)
         with warnings.catch_warnings():
@@ -177,6 +165,11 @@ def _check_common(content: dict[str, Any]) -> None:
             check.check_regex(f"key of {name}", pattern)
 
 
+def _from_peft(kind: str) -> bool:
+    cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]  # type: ignore[index]
+    return bool(cls.__module__.startswith("peft."))
+
+
 def check_names(folder: Path, weights: tuple[str, ...], tensors: Iterable[str]) -> None:
     """Refuse a file without any weight of the method's (``InputError``)."""
     if weights and not any(part_of(name) in weights for name in tensors):
@@ -194,8 +187,9 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
     check_names(folder, getattr(config, "weight_names", ()), tensors)
     path = folder / WEIGHTS_NAME
     _check_tokens(folder, config, tensors)
-    least = int(config.peft_type != "ADALORA")  # which may leave a layer without a rank
-    factors = {name: info for name, info in tensors.items() if part_of(name) in RANK_DIMENSION}
+    ranks_change, dimensions = kind_of(config).ranks_change, rank_dimensions()
+    least = int(not ranks_change)
+    factors = {name: info for name, info in tensors.items() if part_of(name) in dimensions}
     for name, (shape, dtype) in factors.items():
         numbers = math.prod(shape)
         if not dtype.is_floating_point or not shape or not least <= numbers <= MAX_FACTOR:
@@ -203,7 +197,7 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
                 f"{path}: {name} is of type {dtype} and shape {list(shape)}; a factor holds floating-point numbers, "
                 f"at least {least} and at most {MAX_FACTOR:,}"
             )
-        r = shape[RANK_DIMENSION[part_of(name)]] if len(shape) > 1 else 0
+        r = shape[dimensions[part_of(name)]] if len(shape) > 1 else 0
         if r > WIDE_RANK and r > numbers // r:
             raise InputError(
                 f"{path}: {name} has shape {list(shape)}; a rank of {r} may be at most its other dimension, "
@@ -217,7 +211,7 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
             raise InputError(
                 f"{folder / CONFIG_NAME} states a rank of {rank}; the widest weight in {path} has {widest}"
             )
-    if config.peft_type == "ADALORA":  # whose ranks change in training
+    if ranks_change:
         return
     patterns = compiled(getattr(config, "rank_pattern", None))
     longer = max(1.0, max(map(len, factors), default=0) / NAME_LENGTH)
@@ -226,7 +220,7 @@ def check_weights(folder: Path, config: Any, tensors: dict[str, TensorInfo]) -> 
         raise InputError(f"{folder / CONFIG_NAME}: rank_pattern can take very long to match; name the modules in full")
     for name, (shape, _) in factors.items():
         part = part_of(name)
-        dimension = RANK_DIMENSION[part]
+        dimension = dimensions[part]
         rank = shape[dimension] if dimension < len(shape) else None
         allowed = _ranks_of(name, part, config, patterns)
         if rank not in allowed:

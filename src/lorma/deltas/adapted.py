@@ -20,8 +20,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 
 from lorma.adapters.folder import DELTA, read_adapter
+from lorma.adapters.kinds import kind_of
 from lorma.errors import InputError, one_line
-from lorma.methods.bottleneck.tuner import BottleneckConfig
 from lorma.models.structure import Base, meta_model
 from lorma.models.weights import BaseWeights, LoadedWeights, open_weights
 from lorma.tuners.config import AdapterConfig
@@ -269,9 +269,11 @@ def read_folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         raise InputError(
             f"{folder} holds an adapter of PEFT's {file.method}; only those of lorma's methods are exported"
         )
-    if isinstance(file.config, BottleneckConfig):
+    kind = kind_of(file.config)
+    if not kind.linear:
         raise InputError(
-            f"{folder} is a bottleneck adapter, which is not linear: it can be neither exported nor merged"
+            f"{folder} is a {kind.title(file.config)} adapter, which is not linear: it can be neither exported nor "
+            "merged"
         )
     file.config.inference_mode = True
     return file.config, {name: file.read(name) for name in file.tensors}

@@ -64,10 +64,11 @@ class Counter:
         from lorma.models.load import attach, count_parameters
 
         adapter = self.recipe.adapter.model_copy(update={"r": r})
+        options = self.recipe.method_options if method.name == self.recipe.method_name else None
         auto: Any = getattr(transformers, self.task.auto_model)
         with torch.device("meta"):
             model = auto.from_config(self.config, trust_remote_code=self.recipe.model.trust_remote_code)
-            adapted = attach(model, method, adapter, self.task.peft_task_type)
+            adapted = attach(model, method, adapter, self.task.peft_task_type, options)
         return count_parameters(adapted, adapter, self.task.peft_task_type)["adapter_parameters"]
 
     def choose(self, method: Method, budget: int) -> Choice:

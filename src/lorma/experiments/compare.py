@@ -194,7 +194,8 @@ def _plan(recipe: Recipe, method: str, seed: int, choice: Choice | None) -> Plan
     if choice is not None:
         changes.append(f"adapter.r={choice.r}")
     output = str(Path(recipe.output) / f"{method}-seed{seed}")
-    changes += [f"method={method}", f"seed={seed}", f"output={json.dumps(output)}"]
+    chosen = json.dumps(recipe.method) if method == recipe.method_name else method
+    changes += [f"method={chosen}", f"seed={seed}", f"output={json.dumps(output)}"]
     return Planned(_changed(recipe, changes), changes)
 
 

@@ -17,6 +17,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorma import functional
 from lorma.adapters.folder import DELTA, WEIGHTS_NAME, WIDE_RANK, AdapterFile, part_of, read_adapter
 from lorma.adapters.untrusted import copy_json
 from lorma.errors import InputError, one_line
@@ -25,7 +26,7 @@ from lorma.files import META_FILE, check_output, write_folder
 from lorma.functional.multiplier import Side
 from lorma.methods.lorma.tuner import LormaConfig, LormaLayer
 from lorma.methods.lorma.tuner.files import LayerFile, config_name, layers_of, parts_of, scaling_of, split_factors
-from lorma.methods.lorma.tuner.weighted import layerwise_config, product
+from lorma.methods.lorma.tuner.weighted import layerwise_config
 from lorma.models.structure import Base, meta_model
 from lorma.tuners.names import PREFIX
 
@@ -222,7 +223,7 @@ def _products(one: AdapterFile, two: AdapterFile, places: Places | None) -> tupl
         for index, (a, b) in enumerate(split_factors(A, B, present[0].fused, place.side, place.blocks)):
             factors = [(*part[index], s) for part, s in zip(parts, scalings, strict=True)]
             wide = [(x.double(), y.double(), s) for x, y, s in factors]
-            new_a, new_b = product(wide, place.side)
+            new_a, new_b = functional.compose_all(wide, place.side)
             a.copy_(new_a)
             b.copy_(new_b)
         path = f"{PREFIX}{name}"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lorma import functional
 from lorma._version import __version__
-from lorma.adapters.folder import RANK_DIMENSION, AdapterFile, part_of, read_adapter
+from lorma.adapters.folder import AdapterFile, part_of, read_adapter
+from lorma.adapters.kinds import kind_of, rank_dimensions
 from lorma.errors import InputError
 from lorma.functional.multiplier import Side
 from lorma.methods.lorma.tuner import LormaConfig
@@ -88,7 +89,10 @@ def examine(folder: Path) -> AdapterHealth:
     """
     adapter = read_adapter(folder)
     config: Any = adapter.config
-    health = AdapterHealth(_method(adapter), config.base_model_name_or_path or "not named", _lora(adapter))
+    kind = kind_of(config)
+    health = AdapterHealth(
+        kind.summary(config) or adapter.method, config.base_model_name_or_path or "not named", _lora(adapter)
+    )
     own = {name for name in adapter.tensors if _is_own(adapter, name)}
     health.others.extend(name.removeprefix(PREFIX) for name in adapter.tensors if name not in own)
     if isinstance(config, LormaConfig):
@@ -141,47 +145,31 @@ def _condition(config: Any, layer: LayerFile) -> float | None:
 def _is_own(adapter: AdapterFile, name: str) -> bool:
     """Whether a weight is the method's own; PEFT has them begin with the method's name."""
     part = part_of(name)
-    return part in RANK_DIMENSION or part.startswith(f"{adapter.method.lower()}_")
+    return part in rank_dimensions() or part.startswith(f"{adapter.method.lower()}_")
 
 
 def _any_layers(adapter: AdapterFile, own: set[str]) -> list[LayerHealth]:
     layers: dict[str, list[str]] = {}
+    dimensions = rank_dimensions()
     for name in own:
         layers.setdefault(name.removesuffix(".weight").rpartition(".")[0], []).append(name)
     found = []
     for path, names in sorted(layers.items()):
         tensors: list[Tensor] = [adapter.read(name) for name in sorted(names)]
         part, shape = part_of(sorted(names)[0]), tuple(tensors[0].shape)
-        rank = shape[RANK_DIMENSION[part]] if RANK_DIMENSION.get(part, len(shape)) < len(shape) else None
+        rank = shape[dimensions[part]] if dimensions.get(part, len(shape)) < len(shape) else None
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         found.append(LayerHealth(path.removeprefix(PREFIX), rank, shapes, _name_of(tensors[0].dtype), finite, None))
     return found
 
 
-def _method(adapter: AdapterFile) -> str:
-    config: Any = adapter.config
-    if not isinstance(config, LormaConfig):
-        return adapter.method
-    extra = " with DoRA (DoRMA)" if config.use_dora else ""
-    return f"LoRMA, inflation={config.inflation}, side={config.side}{extra}"
-
-
 def _lora(adapter: AdapterFile) -> str:
-    config: Any = adapter.config
-    if adapter.method == "LORA":
-        return "it is one"
-    if adapter.method == "TLORA":
+    """Whether an adapter leaves as plain LoRA, in words."""
+    reason = kind_of(adapter.config).not_lora(adapter.config)
+    if reason is None:
         return "yes, exactly"
-    if not isinstance(config, LormaConfig):
-        return f"not known for {adapter.method}"
-    if config.inflation != "plus":
-        return f"no: with inflation={config.inflation!r} the update has full rank; truncated only"
-    if config.use_dora:
-        return "no: use_dora rescales whole rows of the weight"
-    if config.target_parameters:
-        return "no: each expert has an update of its own"
-    return "yes, exactly, on linear layers and embeddings"
+    return f"not known for {adapter.method}" if reason == "not known" else reason
 
 
 def _version(name: str) -> str | None:

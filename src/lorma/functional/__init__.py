@@ -7,6 +7,7 @@ n = d on side ``pre`` and n = k on side ``post``, ``s`` the scaling and ``M = I(
 
 from lorma.functional.algebra import (
     compose,
+    compose_all,
     condition_number,
     inverse_delta_weight,
     invert,
@@ -44,6 +45,7 @@ __all__ = [
     "apply_multiplier",
     "checksum",
     "compose",
+    "compose_all",
     "condition_number",
     "delta_weight",
     "draw_projections",

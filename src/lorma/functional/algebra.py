@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -150,6 +152,25 @@ def compose(
     A = torch.cat((A2 + s1 * (A2 @ B1) @ A1, A1), dim=-2)
     B = torch.cat((s2 * B2, s1 * B1), dim=-1)
     return A, B
+
+
+def compose_all(parts: Sequence[tuple[Tensor, Tensor, Scaling]], side: Side = "pre") -> tuple[Tensor, Tensor]:
+    """One LoRMA₊ multiplier of rank Σrᵢ that equals ``parts`` after each other, the first on W0 first.
+
+    :func:`compose` again and again. Returns (A, B) of shapes (…, Σrᵢ, n) and (…, n, Σrᵢ); the scaling is 1.
+
+    Args:
+        parts: ``(A, B, scaling)`` each, of one n; at least one.
+        side: which side of W0 the multipliers stand on.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``side`` is unknown.
+    """
+    A, B, s = parts[0]
+    for part in parts[1:]:
+        A, B = compose((A, B, s), part, side)
+        s = 1.0
+    return A, s * B
 
 
 def lora_form(weight: Tensor, A: Tensor, B: Tensor, scaling: Scaling, side: Side = "pre") -> tuple[Tensor, Tensor]:

@@ -7,11 +7,24 @@ that names the module; see docs/methods.md.
 from lorma.methods import whole  # isort: skip
 from lorma.methods import adalora, peft  # isort: skip
 from lorma.methods import bottleneck, lorma, svft, tlora
-from lorma.methods.base import GROUP, Method, all_methods, get_method, method_names, register_method
+from lorma.methods.base import (
+    GROUP,
+    Context,
+    Hooks,
+    Method,
+    Options,
+    all_methods,
+    get_method,
+    method_names,
+    register_method,
+)
 
 __all__ = [
     "GROUP",
+    "Context",
+    "Hooks",
     "Method",
+    "Options",
     "adalora",
     "all_methods",
     "bottleneck",

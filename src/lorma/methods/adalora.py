@@ -12,23 +12,20 @@ starting budget and the last half the final one. Three things are not as PEFT do
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorma.methods.base import register_method
+from lorma.methods.base import Context, Hooks, register_method
 from lorma.methods.peft import places
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import TrainerCallback
+    from torch import Tensor
 
     from lorma.schema import AdapterSpec
 
 START = 1.5
 """Ranks at the start of training for one that is left at its end, as in the paper."""
-STATE_FILE = "adalora_state.safetensors"
 TABLES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """PEFT's tables of importance: of the last step, smoothed, and how uncertain it is."""
 
@@ -52,46 +49,54 @@ def _prepare(model: Any, adapter: AdapterSpec, task_type: str) -> None:
             parameter.requires_grad_(False)
 
 
-def _callback(model: Any) -> TrainerCallback:
-    import torch
-    from safetensors.torch import save_file
-    from transformers import TrainerCallback
+class Allocation(Hooks):
+    """The schedule, the penalty, the allocation after each step, and the importance of each rank in each checkpoint."""
 
-    tuner = model.base_model
+    restores_weights = True
+    earlier_state_file = "adalora_state.safetensors"
 
-    class Allocation(TrainerCallback):
-        """The schedule, the penalty, the allocation after each step, and the state in each checkpoint."""
+    def start(self, context: Context) -> None:
+        config = context.model.peft_config["default"]
+        config.total_step = context.max_steps
+        config.tinit, config.tfinal = context.max_steps // 10, context.max_steps // 2
+        config.deltaT = max(1, context.max_steps // 100)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            config = model.peft_config["default"]
-            config.total_step = state.max_steps
-            config.tinit, config.tfinal = state.max_steps // 10, state.max_steps // 2
-            config.deltaT = max(1, state.max_steps // 100)
+    def before_step(self, context: Context) -> None:
+        import torch
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            factors = [p for path, p in tuner.named_parameters() if {"lora_A", "lora_B"} & set(path.split("."))]
-            weight = model.peft_config["default"].orth_reg_weight / len(factors)
-            with torch.enable_grad():
-                penalty = weight * sum(_distance_to_orthogonal(factor) for factor in factors)
-                gradients = torch.autograd.grad(penalty, factors)
-            for factor, gradient in zip(factors, gradients, strict=True):
-                factor.grad = gradient if factor.grad is None else factor.grad + gradient
+        model = context.model
+        named = model.base_model.named_parameters()
+        factors = [p for path, p in named if {"lora_A", "lora_B"} & set(path.split("."))]
+        weight = model.peft_config["default"].orth_reg_weight / len(factors)
+        with torch.enable_grad():
+            penalty = weight * sum(_distance_to_orthogonal(factor) for factor in factors)
+            gradients = torch.autograd.grad(penalty, factors)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.grad = gradient if factor.grad is None else factor.grad + gradient
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            tuner.update_and_allocate(state.global_step)
+    def after_step(self, context: Context) -> None:
+        context.model.base_model.update_and_allocate(context.step)
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not state.is_world_process_zero:
-                return
-            tensors = {f"trained/{path}": p.detach() for path, p in model.named_parameters() if p.requires_grad}
-            for table in TABLES:
-                tensors |= {f"{table}/{path}": t for path, t in getattr(tuner.rankallocator, table).items()}
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            pattern = json.dumps(model.peft_config["default"].rank_pattern)
-            save_file(kept, folder / STATE_FILE, metadata={"rank_pattern": pattern})
+    def state_dict(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"trained/{path}": p.detach() for path, p in model.named_parameters() if p.requires_grad}
+        for table in TABLES:
+            held = getattr(model.base_model.rankallocator, table)
+            tensors |= {f"{table}/{path}": tensor for path, tensor in held.items()}
+        return tensors, {"rank_pattern": model.peft_config["default"].rank_pattern}
 
-    return Allocation()
+    def load_state_dict(self, model: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        import torch
+
+        parameters = dict(model.named_parameters())
+        model.peft_config["default"].rank_pattern = values["rank_pattern"]
+        for name, tensor in tensors.items():
+            table, path = name.split("/", 1)
+            if table == "trained":
+                with torch.no_grad():
+                    parameters[path].copy_(tensor)
+            else:
+                device = next(p for full, p in parameters.items() if full.endswith(path)).device
+                getattr(model.base_model.rankallocator, table)[path] = tensor.to(device)
 
 
 def _distance_to_orthogonal(factor: Any) -> Any:
@@ -102,22 +107,6 @@ def _distance_to_orthogonal(factor: Any) -> Any:
     return torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
 
 
-def _restore(model: Any, checkpoint: Path) -> None:
-    import torch
-    from safetensors import safe_open
-
-    tuner, parameters = model.base_model, dict(model.named_parameters())
-    with safe_open(checkpoint / STATE_FILE, framework="pt") as file, torch.no_grad():
-        model.peft_config["default"].rank_pattern = json.loads(file.metadata()["rank_pattern"])
-        for name in file.keys():  # noqa: SIM118
-            table, path = name.split("/", 1)
-            if table == "trained":
-                parameters[path].copy_(file.get_tensor(name))
-            else:
-                place = next(p for full, p in parameters.items() if full.endswith(path)).device
-                getattr(tuner.rankallocator, table)[path] = file.get_tensor(name).to(place)
-
-
 @register_method(
     "adalora",
     equation="W0 + s·P·Λ·Q, ranks shared out by importance",
@@ -125,8 +114,7 @@ def _restore(model: Any, checkpoint: Path) -> None:
     source="AdaLoRA, arXiv 2303.10512",
     knob="r on average at the end, 1.5·r at the start",
     prepare=_prepare,
-    callback=_callback,
-    restore=_restore,
+    hooks=Allocation,
 )
 def adalora(adapter: AdapterSpec, task_type: str) -> PeftConfig:
     """PEFT divides alpha by the starting rank, so it is scaled up by as much: s stays alpha/r."""

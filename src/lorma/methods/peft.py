@@ -27,7 +27,8 @@ def places(adapter: AdapterSpec, task_type: str) -> dict[str, Any]:
     }
 
 
-def _lora(adapter: AdapterSpec, task_type: str, **fixed: Any) -> PeftConfig:
+def lora_config(adapter: AdapterSpec, task_type: str, **fixed: Any) -> PeftConfig:
+    """LoRA with the knobs that all methods share."""
     from peft import LoraConfig
 
     alpha: Any = adapter.alpha or adapter.r
@@ -38,7 +39,7 @@ def _lora(adapter: AdapterSpec, task_type: str, **fixed: Any) -> PeftConfig:
 @register_method("lora", equation="W0 + s·BA", parameters="r·(d + k)", source="LoRA, arXiv 2106.09685")
 def lora(adapter: AdapterSpec, task_type: str) -> PeftConfig:
     """s = alpha/r."""
-    return _lora(adapter, task_type)
+    return lora_config(adapter, task_type)
 
 
 @register_method(
@@ -46,7 +47,7 @@ def lora(adapter: AdapterSpec, task_type: str) -> PeftConfig:
 )
 def rslora(adapter: AdapterSpec, task_type: str) -> PeftConfig:
     """With alpha left out, alpha = r as for LoRA, and so a scaling of √r."""
-    return _lora(adapter, task_type, use_rslora=True)
+    return lora_config(adapter, task_type, use_rslora=True)
 
 
 @register_method(
@@ -57,7 +58,7 @@ def rslora(adapter: AdapterSpec, task_type: str) -> PeftConfig:
 )
 def dora(adapter: AdapterSpec, task_type: str) -> PeftConfig:
     """m and the norms are those of the rows."""
-    return _lora(adapter, task_type, use_dora=True)
+    return lora_config(adapter, task_type, use_dora=True)
 
 
 def _freeze_a(model: Any, adapter: AdapterSpec, task_type: str) -> None:
@@ -85,7 +86,7 @@ def _lora_fa_optimizer(model: Any, train: TrainSpec) -> Optimizer:
 )
 def lora_fa(adapter: AdapterSpec, task_type: str) -> PeftConfig:
     """A LoRA of which only B trains, with PEFT's optimizer for it, which corrects B's gradient by (AAᵀ)⁻¹."""
-    return _lora(adapter, task_type)
+    return lora_config(adapter, task_type)
 
 
 @register_method(

@@ -2,5 +2,6 @@
 
 import lorma.methods.bottleneck.tuner
 import lorma.methods.lorma.tuner
+import lorma.methods.peft_kinds
 import lorma.methods.svft.tuner
 import lorma.methods.tlora.tuner  # noqa: F401

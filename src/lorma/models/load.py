@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorma.errors import InputError
 from lorma.gguf_header import gguf_values
-from lorma.methods import Method
+from lorma.methods import Method, Options
 from lorma.methods.whole import head_parameters
 from lorma.models.pickled import conversion_hint
 from lorma.models.positions import position_limit
@@ -238,7 +238,9 @@ def _without_bars() -> Iterator[None]:
         yield
 
 
-def attach(model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_type: str) -> Any:
+def attach(
+    model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_type: str, options: Options | None = None
+) -> Any:
     """The model with the method's adapter on it; the model itself for a method that trains it whole.
 
     Raises:
@@ -255,7 +257,7 @@ def attach(model: PreTrainedModel, method: Method, adapter: AdapterSpec, task_ty
     from peft import get_peft_model
 
     try:
-        config: Any = method.build(adapter, task_type)
+        config: Any = method.configure(adapter, task_type, options or method.read_options({}))
         if config.target_modules is None and not method.own_targets:
             config.target_modules = _targets_of_lora(model)
         adapted = get_peft_model(model, config)

@@ -30,6 +30,7 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
 }
 _NO_SETTING = {
     "method",
+    "method.name",
     "seed",
     "output",
     "train.eval_batch_size",

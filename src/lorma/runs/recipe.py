@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from lorma.errors import InputError, did_you_mean
-from lorma.methods import get_method
+from lorma.methods import Options, get_method
 from lorma.models.source import ALIASES, find_recipe
 from lorma.schema import AdapterSpec, CompareSpec, DataSpec, ModelSpec, OrEmpty, Section, TrainSpec
 from lorma.tasks import TASKS
@@ -24,12 +24,36 @@ class Recipe(Section):
     task: str
     model: Annotated[ModelSpec, OrEmpty]
     data: Annotated[DataSpec, OrEmpty]
-    method: str = "lorma-plus"
+    method: str | dict[str, Any] = "lorma-plus"
     adapter: Annotated[AdapterSpec, OrEmpty] = AdapterSpec()
     train: Annotated[TrainSpec, OrEmpty] = TrainSpec()
     compare: Annotated[CompareSpec, OrEmpty] = CompareSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: str = Field(min_length=1)
+
+    @property
+    def method_name(self) -> str:
+        """The name of the method, without its options."""
+        return self.method if isinstance(self.method, str) else self.method["name"]
+
+    @property
+    def method_options(self) -> Options:
+        """The method's own options, all of them."""
+        given = {} if isinstance(self.method, str) else {k: v for k, v in self.method.items() if k != "name"}
+        return get_method(self.method_name).read_options(given)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, content: Any) -> Any:
+        """A method by its name alone where its options are the defaults, else with those that are not."""
+        method = content.get("method", "lorma-plus") if isinstance(content, dict) else None
+        if isinstance(method, str):
+            method = {"name": method}
+        if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+            return content
+        options = get_method(method["name"]).read_options({k: v for k, v in method.items() if k != "name"})
+        changed = options.model_dump(exclude_defaults=True)
+        return {**content, "method": {"name": method["name"], **changed} if changed else method["name"]}
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
@@ -37,7 +61,7 @@ class Recipe(Section):
             raise InputError(
                 f"task={self.task!r} is unknown; allowed: {', '.join(TASKS)}{did_you_mean(self.task, TASKS)}"
             )
-        for name in (self.method, *self.compare.methods):
+        for name in (self.method_name, *self.compare.methods):
             if get_method(name).build is None and self.model.quantization is not None:
                 raise InputError(
                     f"method={name!r} is not possible with model.quantization={self.model.quantization!r}: weights "
@@ -86,7 +110,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, many_ru
     recipe = parse_recipe({"output": f"runs/{file.stem}", **content})
     output = recipe.output
     if "output" not in content and not many_runs:
-        output = f"{output}/{recipe.method}-seed{recipe.seed}"
+        output = f"{output}/{recipe.method_name}-seed{recipe.seed}"
     data = {key: _located(value, file.parent) for key in ("train", "eval") if (value := getattr(recipe.data, key))}
     name = recipe.model.name if recipe.model.name in ALIASES else _located(recipe.model.name, file.parent)
     return recipe.model_copy(
@@ -116,11 +140,12 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
     def flat(recipe: Recipe) -> dict[str, Any]:
         dumped = recipe.model_dump(exclude={"compare", "output"})
         sections = {k: v for k, v in dumped.items() if isinstance(v, dict)}
-        plain = {k: v for k, v in dumped.items() if k not in sections}
+        plain = {k: v for k, v in dumped.items() if k not in sections} | {"method": recipe.method_name}
         return plain | {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
 
     a, b = flat(first), flat(second)
-    return [key for key in a if a[key] != b[key]]
+    keys = [key for key in dict.fromkeys([*a, *b]) if key != "method.name"]
+    return [key for key in keys if a.get(key) != b.get(key)]
 
 
 def override_key(override: str) -> str:
@@ -146,6 +171,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     for section in sections:
         if place.get(section) is None:
             place[section] = {}
+        if section == "method" and isinstance(place[section], str):
+            place[section] = {"name": place[section]}
         place = place[section]
         if not isinstance(place, dict):
             raise InputError(f"override {override!r}: {section!r} is not a section")

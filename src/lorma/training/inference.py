@@ -14,10 +14,10 @@ import torch
 
 from lorma.adapters.card import base_code, predictor_code, use_code
 from lorma.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
+from lorma.adapters.kinds import kind_of
 from lorma.adapters.untrusted import read_json
 from lorma.errors import InputError, one_line, reading
 from lorma.files import META_FILE
-from lorma.methods.adalora import loss_of_the_task
 from lorma.models.load import load_model, load_tokenizer, locate
 from lorma.models.positions import position_limit
 from lorma.models.settled import read_settled
@@ -180,7 +180,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     check_whole_modules(model, adapter)
     wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)  # type: ignore[arg-type]
     refusal = f"{folder} cannot be used"
-    bare = adapter.method != "ADALORA"  # which picks the ranks that are left by their values
+    kind = kind_of(adapter.config)
+    bare = not kind.ranks_change  # else PEFT picks the ranks that are left by their values
     try:
         adapted = wrap(model, adapter.config, low_cpu_mem_usage=bare)
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -214,7 +215,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise InputError(one_line(f"{refusal}: it has no entry {error}")) from error
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, OSError) as error:
         raise InputError(one_line(f"{refusal}: {error}")) from error
-    loss_of_the_task(adapted)
+    kind.after_loading(adapted)
     return adapted.eval()
 
 

@@ -60,14 +60,16 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     notes: list[str] = []
     base = load_model(recipe.model, task.auto_model, say=notes.append, **prepared.model_kwargs)
     settled = settle(recipe.model, task, base, tokenizer, prepared.model_kwargs, new_head=bool(notes))
-    method = get_method(recipe.method)
-    model = attach(base, method, recipe.adapter, task.peft_task_type)
+    method, options = get_method(recipe.method_name), recipe.method_options
+    hooks = method.hooks(options)
+    model = attach(base, method, recipe.adapter, task.peft_task_type, options)
+    hooks.prepare(model)
     if processes().is_main_process:
         try_saving(recipe.model, model, tokenizer, notes.append)
     if recipe.train.gradient_checkpointing:
         base.enable_input_require_grads()
 
-    bar = ProgressBar(console, recipe.method)
+    bar = ProgressBar(console, recipe.method_name)
     try:
         with processes().main_process_first():
             if processes().is_main_process:
@@ -76,7 +78,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         checkpoint = run.last_checkpoint()
         counts = count_parameters(model, recipe.adapter, task.peft_task_type)
         console.print(
-            f"{recipe.method} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
+            f"{recipe.method_name} on {recipe.model.name}: {counts['trainable_parameters']:,} trainable parameters "
             f"({counts['adapter_parameters']:,} in the adapter), {len(prepared.train):,} training and "
             f"{len(prepared.eval):,} evaluation rows, seed {recipe.seed}"
         )
@@ -87,6 +89,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
 
         trainer = MethodTrainer(
             method,
+            hooks,
             recipe.train,
             task,
             model=model,
@@ -96,7 +99,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
             data_collator=prepared.collator,
             compute_metrics=prepared.compute_metrics,
             processing_class=tokenizer,
-            callbacks=[*([method.callback(model)] if method.callback else []), recorder, selection, bar],
+            callbacks=[recorder, selection, bar],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -109,6 +112,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         if best and selection.best_step != trainer.state.global_step:
             trainer.load_weights(best)
         if processes().is_main_process:
+            trained = hooks.finish(trainer.context())
             summary = _summary(
                 recipe,
                 task,
@@ -120,7 +124,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
                 prepared,
                 adapted_modules(model),
             )
-            _save(trainer, recipe, run, prepared.meta, settled, summary)
+            _save(trained, trainer, recipe, run, prepared.meta, settled, summary)
             write_atomic(run.summary_file, json.dumps(summary, indent=2) + "\n")
             for line in closing_lines(summary):
                 console.print(line)
@@ -177,6 +181,7 @@ def _evaluations(run: RunDirectory) -> dict[int, dict[str, Any]]:
 
 
 def _save(
+    model: Any,
     trainer: Trainer,
     recipe: Recipe,
     run: RunDirectory,
@@ -184,7 +189,6 @@ def _save(
     settled: Settled,
     summary: dict[str, Any],
 ) -> None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
     name = locate(recipe.model).remembered
 
     def fill(folder: Path) -> None:
@@ -227,11 +231,11 @@ def _summary(
     saved = best if recipe.train.keep == "best" else last
     return {
         "schema_version": SCHEMA_VERSION,
-        "method": recipe.method,
+        "method": recipe.method_name,
         "task": recipe.task,
         "model": recipe.model.name,
         "seed": recipe.seed,
-        "r": recipe.adapter.r if get_method(recipe.method).knob else None,
+        "r": recipe.adapter.r if get_method(recipe.method_name).knob else None,
         "learning_rate": recipe.train.learning_rate,
         **counts,
         "steps": points[-1][0],

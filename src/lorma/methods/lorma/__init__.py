@@ -15,13 +15,18 @@ if TYPE_CHECKING:
 PAPER = "LoRMA, arXiv 2506.07621"
 
 
+def lorma_config(adapter: AdapterSpec, task_type: str, **fixed: Any) -> PeftConfig:
+    """LoRMA with the knobs that all methods share."""
+    from lorma.methods.lorma.tuner import LormaConfig
+
+    alpha = adapter.alpha or adapter.r
+    targets = places(adapter, task_type)
+    return LormaConfig(r=adapter.r, lorma_alpha=alpha, lorma_dropout=adapter.dropout, **targets, **fixed)
+
+
 def _lorma(name: str, equation: str, parameters: str, where: str, **fixed: Any) -> None:
     def build(adapter: AdapterSpec, task_type: str) -> PeftConfig:
-        from lorma.methods.lorma.tuner import LormaConfig
-
-        alpha = adapter.alpha or adapter.r
-        targets = places(adapter, task_type)
-        return LormaConfig(r=adapter.r, lorma_alpha=alpha, lorma_dropout=adapter.dropout, **targets, **fixed)
+        return lorma_config(adapter, task_type, **fixed)
 
     register(Method(name, equation, parameters, where, build))
 

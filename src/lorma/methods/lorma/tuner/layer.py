@@ -175,10 +175,33 @@ class LormaLayer(MagnitudeLayer):
         A, B = self.lorma_A[adapter_name], self.lorma_B[adapter_name]
         if dtype is not None:
             A, B = A.to(dtype), B.to(dtype)
+        return self._cut(A, B, adapter_name)
+
+    def _cut(self, A: Tensor, B: Tensor, adapter_name: str) -> list[tuple[slice, Tensor, Tensor]]:
         if adapter_name in self.fused:
             cuts = self.fused[adapter_name].cuts(self.side[adapter_name], self.in_features)
             return [(rows, A[:, columns], B[columns]) for rows, columns in cuts]
         return [(slice(None), *self._batched(A, B))]
+
+    def joined(self, names: list[str]) -> tuple[Tensor, Tensor]:
+        """A (R × N) and B (N × R), R = Σr, of the adapter of scaling 1 that equals ``names``, the first on W0 first.
+
+        Raises:
+            ValueError: an adapter that is not closed under products: another inflation than plus, or DoRA's magnitudes.
+        """
+        for name in names:
+            if self.inflation[name] != "plus" or name in self.lorma_magnitude_vector:
+                raise ValueError(f"adapter {name!r} of {self.layer_name} is not closed under products of low rank")
+        R = sum(self.r[name] for name in names)
+        A = self.lorma_A[names[0]].new_empty(R, self.lorma_A[names[0]].shape[1])
+        B = torch.empty_like(A.T).contiguous()
+        parts = [self._parts(name) for name in names]
+        for index, (_, a, b) in enumerate(self._cut(A, B, names[-1])):
+            factors = [(*part[index][1:], self.scaling[name]) for part, name in zip(parts, names, strict=True)]
+            new_a, new_b = functional.compose_all(factors, self.side[names[-1]])
+            a.copy_(new_a)
+            b.copy_(new_b)
+        return A, B
 
     def delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
         """ΔW of one adapter acting on ``weight``, both in the layout in which the base layer stores its weight."""

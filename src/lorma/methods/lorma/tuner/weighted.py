@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from lorma import functional
 from lorma.adapters.validation import check_choice
-from lorma.functional.multiplier import Side
 from lorma.methods.lorma.tuner.dispatch import by_layer
 from lorma.methods.lorma.tuner.layer import LormaLayer
 from lorma.methods.lorma.tuner.parameter import ParamWrapper
@@ -112,7 +111,7 @@ def fill(layer: LormaLayer, target: str, adapters: list[str], weights: list[floa
     for index, (_, A, B) in enumerate(new):
         parts = [(*layer._parts(name)[index][1:], s) for name, s in present]
         if how == "compose":
-            factors = product(parts, layer.side[target])
+            factors = functional.compose_all(parts, layer.side[target])
             A.copy_(factors[0])
             B.copy_(factors[1])
         else:
@@ -120,12 +119,3 @@ def fill(layer: LormaLayer, target: str, adapters: list[str], weights: list[floa
             A.copy_(torch.stack([root * a for root, (a, *_) in zip(roots, parts, strict=True)]).sum(0))
             signed = [root if s >= 0 else -root for root, (*_, s) in zip(roots, parts, strict=True)]
             B.copy_(torch.stack([root * b for root, (_, b, _) in zip(signed, parts, strict=True)]).sum(0))
-
-
-def product(parts: list[tuple[Tensor, Tensor, Any]], side: Side) -> tuple[Tensor, Tensor]:
-    """A and B, for a scaling of 1, of LoRMA₊ multipliers ``(A, B, s)`` after each other, the first on W0 first."""
-    A, B, s = parts[0]
-    for part in parts[1:]:
-        A, B = functional.compose((A, B, s), part, side)
-        s = 1.0
-    return A, s * B
