@@ -6,7 +6,7 @@ that names the module; see docs/methods.md.
 
 from lorma.methods import whole  # isort: skip
 from lorma.methods import adalora, peft  # isort: skip
-from lorma.methods import bottleneck, lorma, svft, tlora
+from lorma.methods import bottleneck, lorma, relora, svft, tlora
 from lorma.methods.base import (
     GROUP,
     Context,
@@ -33,6 +33,7 @@ __all__ = [
     "method_names",
     "peft",
     "register_method",
+    "relora",
     "svft",
     "tlora",
     "whole",
