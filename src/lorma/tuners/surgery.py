@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -49,8 +49,7 @@ def adapter_pairs(model: nn.Module, adapter: str = DEFAULT) -> list[Pair]:
 
 
 def _parameter(factor: Any) -> nn.Parameter:
-    found: nn.Parameter = factor if isinstance(factor, Tensor) else factor.weight
-    return found
+    return cast(nn.Parameter, factor if isinstance(factor, Tensor) else factor.weight)
 
 
 def restart(model: nn.Module, adapter: str = DEFAULT, seed: int = 0) -> None:
@@ -104,7 +103,7 @@ def close_chain(model: Any, adapter: str = DEFAULT) -> None:
 @torch.no_grad()
 def chain_tensors(model: Any) -> dict[str, Tensor]:
     """The factors of the chain by the paths of their layers."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for pair in adapter_pairs(model, CHAIN):
         found |= {f"{pair.path}.A": pair.A.detach(), f"{pair.path}.B": pair.B.detach()}
     return found
@@ -158,8 +157,8 @@ def _join(model: Any, layer: Any, adapter: str, target: str) -> None:
     """Make ``target`` the product of the chain, if there is one, and the adapter."""
     names = [name for name in (CHAIN, adapter) if name in _factors(layer)]
     if isinstance(layer, LoraLayer):
-        A = torch.cat([layer.lora_A[name].weight for name in names])
-        B = torch.cat([layer.scaling[name] * layer.lora_B[name].weight for name in names], dim=1)
+        A = torch.cat([_parameter(layer.lora_A[name]) for name in names])
+        B = torch.cat([layer.scaling[name] * _parameter(layer.lora_B[name]) for name in names], dim=1)
     else:
         A, B = layer.joined(names)
     _add(model, layer, adapter, target, len(A))
