@@ -157,14 +157,14 @@ def packed(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     from tiny_gguf import tiny, write_base
 
-    from lorma.training import packaged
+    from lorma.models import source
 
     folder = tmp_path / "site" / "tiny_packed"
     folder.mkdir(parents=True)
     write_base(folder / "tiny.gguf", tiny("llama"), "llama", letters=True)
     monkeypatch.syspath_prepend(folder.parent)
-    alias = packaged.Alias("tiny_packed", "", "tiny.gguf", "organisation/tiny", False, "pip install tiny")
-    monkeypatch.setitem(packaged.ALIASES, "tiny", alias)
+    alias = source.Alias("tiny_packed", "", "tiny.gguf", "organisation/tiny", False, "pip install tiny")
+    monkeypatch.setitem(source.ALIASES, "tiny", alias)
     return folder
 
 

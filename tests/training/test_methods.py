@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from helpers_docs import blocks, page
 from lorma.errors import InputError
-from lorma.methods import Method, all_methods, get_method, method_names, register_method, registry
+from lorma.methods import Method, all_methods, base, get_method, method_names, register_method
 from lorma.models.load import attach, count_parameters
 from lorma.runs.recipe import load_recipe
 from lorma.schema import AdapterSpec, TrainSpec
@@ -223,10 +223,10 @@ def test_the_list_of_methods_on_a_wide_terminal(cli, monkeypatch):
 @pytest.fixture
 def forget():
     """Takes methods out again that a test has entered."""
-    names = dict(registry._METHODS)
+    names = dict(base._METHODS)
     yield
-    registry._METHODS.clear()
-    registry._METHODS.update(names)
+    base._METHODS.clear()
+    base._METHODS.update(names)
 
 
 def build(adapter, task_type):

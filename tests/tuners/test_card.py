@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 from lorma import LormaConfig, TLoraConfig
-from lorma.adapters.card import equation_of, is_lora
+from lorma.adapters.kinds import kind_of
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,13 @@ def test_the_card_says_what_the_adapter_is(config, title, equation, exact, mlp, 
     assert "More Information Needed" not in text
     assert "| layers | `gate, up` |" in text
     assert "import lorma, peft, transformers" in text
-    assert ("lorma export THIS_FOLDER --format lora" in text) is exact is is_lora(config)
+    assert ("lorma export THIS_FOLDER --format lora" in text) is exact is (kind_of(config).not_lora(config) is None)
     assert "lorma merge THIS_FOLDER" in text
     assert "### Framework versions" in text
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft"
     assert {"lorma", title.lower()} <= set(card.data.tags)
-    assert equation_of(config) in card.text
+    assert kind_of(config).equation(config) in card.text
 
 
 def test_saving_again_updates_the_card(mlp, tmp_path):

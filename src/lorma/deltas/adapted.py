@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -229,8 +229,11 @@ def _copies(model: Any, weights: BaseWeights, others: dict[str, Tensor], embeddi
 
 
 def _embedding_names(model: Any) -> set[str]:
-    """The names of a model's input and output embeddings; tied ones have several."""
-    found = [find() for find in (model.get_input_embeddings, model.get_output_embeddings)]
+    """The names of a model's input and output embeddings, if it has such; tied ones have several."""
+    found = []
+    for find in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # as of a model of images
+            found.append(find())
     ids = {id(module.weight) for module in found if hasattr(module, "weight")}
     return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in ids}
 

@@ -130,10 +130,10 @@ class Cycles(Hooks):
 
 @register_method(
     "relorma",
-    equation="∏(I + s·BₜAₜ)·W0, a cycle t after the other",
-    parameters="2·r·d at a time",
-    source="ReLoRA, arXiv 2307.05695, with LoRMA's product",
-    knob="r of one cycle",
+    equation="∏(I + s·BₜAₜ)·W0",
+    parameters="2·r·d a cycle",
+    source="ReLoRA, arXiv 2307.05695",
+    knob="r of a cycle",
     hooks=Cycles,
     options=MultipliedCycleOptions,
 )
@@ -144,10 +144,10 @@ def relorma(adapter: AdapterSpec, task_type: str, options: MultipliedCycleOption
 
 @register_method(
     "relora",
-    equation="W0 + Σ s·BₜAₜ, a cycle t after the other",
-    parameters="r·(d + k) at a time",
+    equation="W0 + Σ s·BₜAₜ",
+    parameters="r·(d + k) a cycle",
     source="ReLoRA, arXiv 2307.05695",
-    knob="r of one cycle",
+    knob="r of a cycle",
     hooks=Cycles,
     options=CycleOptions,
 )
