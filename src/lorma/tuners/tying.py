@@ -90,10 +90,9 @@ def tied_modules(model: nn.Module, found: Iterable[str]) -> list[str]:
         found: those that PEFT finds, which are none where a trained copy stands for the embedding.
     """
     paths = {plain_path(path) for path in found}
-    source = _get_input_embeddings_name(model)
     tying = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     keys = getattr(model, "_tied_weights_keys", None)
-    if source and tying and isinstance(keys, dict):
+    if tying and isinstance(keys, dict) and (source := _get_input_embeddings_name(model)):
         weight = f"{plain_path(source)}.weight"
         paths |= {tied.removesuffix(".weight") for tied, own in keys.items() if own == weight}
     return sorted(paths)
