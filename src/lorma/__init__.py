@@ -18,7 +18,7 @@ from lorma.errors import InputError
 if TYPE_CHECKING:
     from lorma.methods.lorma.tuner import LormaConfig, LormaModel, hotswap_adapter, prepare_for_hotswap
     from lorma.methods.tlora.tuner import TLoraConfig, TLoraModel
-    from lorma.tuners.originals import MergeReport
+    from lorma.tuners.merge_state import MergeReport
 
 __all__ = [
     "InputError",
@@ -39,7 +39,7 @@ _TUNERS = {
         ("LormaConfig", "LormaModel", "hotswap_adapter", "prepare_for_hotswap"), "lorma.methods.lorma.tuner"
     ),
     **dict.fromkeys(("TLoraConfig", "TLoraModel"), "lorma.methods.tlora.tuner"),
-    "MergeReport": "lorma.tuners.originals",
+    "MergeReport": "lorma.tuners.merge_state",
 }
 
 

@@ -197,3 +197,19 @@ def test_one_of_two_merged_with_an_inverse(mlp, x):
     assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
     model.unmerge_adapter()
     assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("undo", ["snapshot", "inverse"])
+@pytest.mark.parametrize("name", SVFT)
+def test_updates_that_are_added_merge_in_any_order(name, undo, mlp, x):
+    adapted = noisy(mlp, name)
+    adapted.add_adapter("second", CONFIGS[name](target_modules=TARGETS, init_weights=False))
+    adapted.base_model.set_adapter(["default", "second"])
+    before = adapted(x)
+    adapted.merge_adapter(["second"], undo=undo)
+    assert_close(adapted(x), before, rtol=1e-4, atol=1e-5)
+    adapted.merge_adapter(["default"], undo=undo)
+    assert_close(adapted(x), before, rtol=1e-4, atol=1e-5)
+    adapted.unmerge_adapter()
+    assert_close(adapted(x), before, rtol=1e-4, atol=1e-5)

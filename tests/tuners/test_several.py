@@ -338,13 +338,17 @@ def test_a_failed_second_merge_leaves_everything_as_it_was(mlp, undo):
     model.set_adapter(["default", "second"])
     model.merge_adapter(["default"], undo=undo)
     model.model.conv.lorma_B["second"].data.fill_(1e30)
-    before = [(layer.base_layer.weight, list(layer.merged_adapters), layer._undo) for layer in model._layers()]
+    before = [
+        (layer.base_layer.weight, list(layer.merged_adapters), layer.merge_state.undo) for layer in model._layers()
+    ]
     with (
         pytest.warns(UserWarning, match="additionally merging"),
         pytest.raises(ValueError, match="NaNs detected in the merged weights of conv"),
     ):
         model.merge_adapter(["second"], safe_merge=True)
-    after = [(layer.base_layer.weight, list(layer.merged_adapters), layer._undo) for layer in model._layers()]
+    after = [
+        (layer.base_layer.weight, list(layer.merged_adapters), layer.merge_state.undo) for layer in model._layers()
+    ]
     assert all(old[0] is new[0] and old[1:] == new[1:] for old, new in zip(before, after, strict=True))
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -26,9 +27,9 @@ from torch.nn.utils import parametrize
 
 from lorma.adapters.validation import check_choice
 from lorma.functional.multiplier import widen
-from lorma.tuners.originals import MergeReport, Original, rounding_error
+from lorma.tuners.merge_state import MergeReport, MergeState, rounding_error, take_snapshot
 from lorma.tuners.placing import is_sharded
-from lorma.tuners.quantized import QuantizedOriginal, dequantized, write_quantized
+from lorma.tuners.quantized import dequantized, write_quantized
 
 UNDO_CHOICES = ("snapshot", "inverse", "refuse")
 QUANTIZED_CHOICES = ("requantize", "dequantize")
@@ -53,11 +54,8 @@ class MergeableLayer(BaseTunerLayer):
     reports_to: list[MergeReport] | None = None
     """A list that takes the reports of merges made by PEFT, which does not hand on what ``merge`` returns."""
 
-    _original: Original | QuantizedOriginal | None = None
-    _undo: str = "snapshot"
-    _ranges: dict[str, tuple[float, float]] = {}  # noqa: RUF012 (replaced, never changed)
-    _pending_error: float = 0.0
-    _drift: float = 0.0
+    merge_state: MergeState = MergeState()
+    """What is merged and how, replaced by every merge and unmerge, never changed."""
 
     @abstractmethod
     def delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
@@ -89,10 +87,12 @@ class MergeableLayer(BaseTunerLayer):
         Raises:
             ValueError: if adapters are merged and no copy was kept; if the storage format cannot be read.
         """
-        if self._original is not None:
-            return self._original.read(self)
+        if self.merge_state.snapshot is not None:
+            return self.merge_state.snapshot.read(self)
         if self.merged:
-            raise ValueError(f"{self.layer_name} is merged with undo={self._undo!r}: its original weight is not kept")
+            raise ValueError(
+                f"{self.layer_name} is merged with undo={self.merge_state.undo!r}: its original weight is not kept"
+            )
         return self._current_weight()
 
     @torch.no_grad()
@@ -133,7 +133,8 @@ class MergeableLayer(BaseTunerLayer):
         else:
             start, sequence = current, names
         merged = start.double() if mode == "inverse" else widen(start)
-        error = self._pending_error
+        state = self.merge_state
+        error = state.pending_error
         for name in sequence:
             if mode == "inverse":
                 error = error * ranges[name][0] + self.arithmetic_error_of(name, merged.norm().item())
@@ -143,17 +144,16 @@ class MergeableLayer(BaseTunerLayer):
                 f"NaNs detected in the merged weights of {self.layer_name}. "
                 f"The adapter {','.join(names)} seems to be broken"
             )
-        if mode == "snapshot" and self._original is None:
-            self._original = Original(self) if how is None else QuantizedOriginal(self)
+        snapshot = state.snapshot
+        if mode == "snapshot" and snapshot is None:
+            snapshot = take_snapshot(self)
         lost = None
         if how is None:
             self._set_parameter(merged.to(current.dtype))
         else:
             lost = write_quantized(self, merged, how)
-        if mode == "inverse":
-            self._pending_error = error + rounding_error(self._parameter())
-        self._ranges = {**self._ranges, **ranges}
-        self._undo = mode
+        pending = error + rounding_error(self._parameter()) if mode == "inverse" else state.pending_error
+        self.merge_state = MergeState(mode, snapshot, {**state.ranges, **ranges}, pending, state.drift)
         self.merged_adapters.extend(names)
         self._join_twins()
         report = self._report(lost)
@@ -171,14 +171,15 @@ class MergeableLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return None
-        if self._undo == "refuse":
+        state = self.merge_state
+        if state.undo == "refuse":
             raise ValueError(f"{self.layer_name} was merged with undo='refuse'; it cannot be unmerged")
-        if self._undo == "inverse":
+        if state.undo == "inverse":
             self._invert()
-        elif self._original is not None:
-            self._original.restore(self)
+        elif state.snapshot is not None:
+            state.snapshot.restore(self)
         report = self._report()
-        self._original, self._ranges, self._pending_error = None, {}, 0.0
+        self.merge_state = MergeState(state.undo, drift=self.merge_state.drift)
         self.merged_adapters.clear()
         return report
 
@@ -186,7 +187,8 @@ class MergeableLayer(BaseTunerLayer):
         """Share the merged weight with a layer whose weight was the same, and which has the same merged into it."""
         for other in self.twins.get(self.merged_adapters[0], ()):
             tied = all(other in self.twins.get(name, ()) for name in self.merged_adapters)
-            if tied and (other.merged_adapters, other._undo) == (self.merged_adapters, self._undo):
+            alike = other.merged_adapters == self.merged_adapters and other.merge_state.undo == self.merge_state.undo
+            if tied and alike:
                 setattr(self.get_base_layer(), self.weight_name, other._parameter())
                 return
 
@@ -234,11 +236,12 @@ class MergeableLayer(BaseTunerLayer):
         if is_sharded(self._parameter()):
             raise ValueError(f"the weight of {self.layer_name} is sharded (FSDP2); merge in one process, after loading")
         if undo is None:
-            undo = self._undo if self.merged else self.undo[names[0]]
+            undo = self.merge_state.undo if self.merged else self.undo[names[0]]
         check_choice("undo", undo, UNDO_CHOICES)
-        if self.merged and undo != self._undo:
+        if self.merged and undo != self.merge_state.undo:
             raise ValueError(
-                f"undo={undo!r}: {self.layer_name} is already merged with undo={self._undo!r}; unmerge it first"
+                f"undo={undo!r}: {self.layer_name} is already merged with undo={self.merge_state.undo!r}; unmerge it "
+                "first"
             )
         if undo == "inverse" and self.quantization_backend is not None:
             raise ValueError(
@@ -270,21 +273,22 @@ class MergeableLayer(BaseTunerLayer):
         return how
 
     def _report(self, requantization_error: float | None = None) -> MergeReport:
-        bound = {"snapshot": 0.0, "inverse": self._drift + self._pending_error, "refuse": float("inf")}[self._undo]
-        condition = max(high / low for high, low in self._ranges.values()) if self._undo == "inverse" else None
-        return MergeReport(self.layer_name, self._undo, bound, condition, requantization_error)
+        state = self.merge_state
+        bound = {"snapshot": 0.0, "inverse": state.drift + state.pending_error, "refuse": float("inf")}[state.undo]
+        condition = max(high / low for high, low in state.ranges.values()) if state.undo == "inverse" else None
+        return MergeReport(self.layer_name, state.undo, bound, condition, requantization_error)
 
     def _invert(self) -> None:
-        merged = self._floating_weight()
-        weight = merged.double()
+        merged, state = self._floating_weight(), self.merge_state
+        weight, pending = merged.double(), state.pending_error
         for name in reversed(self.merged_adapters):
-            smallest = self._ranges[name][1]
+            smallest = state.ranges[name][1]
             inexact = self.arithmetic_error_of(name, weight.norm().item()) / smallest**2
             weight = weight + self.inverse_delta_weight_of(name, weight)
-            self._pending_error = self._pending_error / smallest + inexact
+            pending = pending / smallest + inexact
         restored = weight.to(merged.dtype)
-        self._drift += self._pending_error + rounding_error(restored)
-        self._pending_error = 0.0
+        drift = state.drift + pending + rounding_error(restored)
+        self.merge_state = replace(state, pending_error=0.0, drift=drift)
         self._set_parameter(restored)
 
     def _current_weight(self) -> Tensor:

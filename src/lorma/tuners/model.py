@@ -21,8 +21,8 @@ from lorma.tuners.encoders import leave_fast_paths, return_to_fast_paths
 from lorma.tuners.factors import leaf_of, without_leaf
 from lorma.tuners.kinds import Kinds, check_fan_in_fan_out, check_mamba, layer_class
 from lorma.tuners.layer import AdapterLayer
+from lorma.tuners.merge_state import MergeReport, remember
 from lorma.tuners.names import renamed, unwrapped
-from lorma.tuners.originals import MergeReport, remember
 from lorma.tuners.parameter import ParameterWrapper
 from lorma.tuners.quantized import keep_layout, tell_requantization
 from lorma.tuners.targets import no_match
@@ -277,7 +277,7 @@ class AdapterModel(BaseTuner):
             for layer in layers:
                 layer.check_merge(adapter_names, None if layer.merged else "refuse", None, unload=True)
             for layer in layers:
-                layer.undo = dict.fromkeys(layer.undo, layer._undo if layer.merged else "refuse")
+                layer.undo = dict.fromkeys(layer.undo, layer.merge_state.undo if layer.merged else "refuse")
                 layer.reports_to = reports
             for token_layer in self._token_layers():
                 token_layer._check_overlapping_tokens(_tokens_to_merge(token_layer, adapter_names))

@@ -166,7 +166,7 @@ def write_quantized(layer: Any, merged: Tensor, how: str) -> float:
     return error.item()
 
 
-class QuantizedOriginal:
+class QuantizedSnapshot:
     """A quantised base layer as it was before a merge, for putting back bit for bit.
 
     Backends keep parts of a weight beside it (scales in the parameter's own attributes, in ``state`` or in
@@ -183,7 +183,7 @@ class QuantizedOriginal:
 
     def read(self, layer: Any) -> Tensor:
         """The original weight in floating point; ``layer`` is left as it is."""
-        now = QuantizedOriginal(layer)
+        now = QuantizedSnapshot(layer)
         self.restore(layer)
         try:
             return dequantized(layer)

@@ -11,12 +11,12 @@ from transformers.pytorch_utils import Conv1D
 from lorma.functional import singular
 from lorma.functional.multiplier import widen
 from lorma.methods.svft.tuner.config import SvftConfig
+from lorma.tuners.additive import AdditiveLayer
 from lorma.tuners.factors import Factors
-from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.updating import UpdatingLayer
 
 
-class SvftLayer(AdapterLayer):
+class SvftLayer(AdditiveLayer):
     """Base of all SVFT layers.
 
     Attributes, each keyed by adapter name: ``svft_M`` (the trained entries: the diagonal, then the others),
@@ -80,14 +80,6 @@ class SvftLayer(AdapterLayer):
         entries = self.svft_M[adapter_name].to(weight.dtype)
         delta = singular.singular_delta(U, V, entries, self._positions(adapter_name))
         return (delta.T if self.fan_in_fan_out else delta).to(weight.device)
-
-    def inverse_delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
-        """What to add to the merged ``weight`` to take one adapter out again."""
-        return -self.delta_weight_of(adapter_name, weight)
-
-    def singular_range_of(self, adapter_name: str) -> tuple[float, float]:
-        """1 and 1: the update is added, nothing is multiplied."""
-        return 1.0, 1.0
 
     def arithmetic_error_of(self, adapter_name: str, norm: float) -> float:
         """Bound on the error (Frobenius norm) of adding ΔW to a weight of this norm in float64."""

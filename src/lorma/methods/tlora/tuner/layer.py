@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lorma import functional
 from lorma.methods.tlora.tuner.config import TLoraConfig
+from lorma.tuners.additive import AdditiveLayer
 from lorma.tuners.factors import Factors
-from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.names import unwrapped
 from lorma.tuners.placing import execution_device
 
 
-class TLoraLayer(AdapterLayer):
+class TLoraLayer(AdditiveLayer):
     """Base of all TLoRA layers.
 
     Attributes, each keyed by adapter name: ``tlora_B`` (r × r) and ``tlora_scale`` (one number), trained; ``tlora_A``
@@ -192,10 +192,6 @@ class TLoraLayer(AdapterLayer):
         """``α·(A·B·C)ᵀ`` in the layout, device and dtype of ``weight``, whatever numbers that holds."""
         return self._stored(functional.tri_matrix_delta(*self._matrices(adapter_name, weight)), weight)
 
-    def inverse_delta_weight_of(self, adapter_name: str, weight: Tensor) -> Tensor:
-        """The same with the other sign."""
-        return -self.delta_weight_of(adapter_name, weight)
-
     def lora_form_of(self, adapter_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         """As every layer's; see :func:`functional.tri_matrix_lora_form`."""
         if self.blocks > 1:
@@ -205,18 +201,11 @@ class TLoraLayer(AdapterLayer):
             )
         return functional.tri_matrix_lora_form(*self._matrices(adapter_name, weight))
 
-    def singular_range_of(self, adapter_name: str) -> tuple[float, float]:
-        """Nothing is multiplied: 1 and 1."""
-        return 1.0, 1.0
-
     def arithmetic_error_of(self, adapter_name: str, norm: float) -> float:
         """Bound on the error (Frobenius norm) of adding the update to a weight of this norm in float64."""
         A, B, C, scale = (t.double() for t in self._matrices(adapter_name))
         size = (A.norm() * (scale * B).norm() * C.norm()).item()
         return 4 * torch.finfo(torch.float64).eps * (sum(self.matrix_shape) * size + norm)
-
-    def check_order(self, names: list[str]) -> None:
-        """Updates that are added may come in any order."""
 
 
 def _draw_again(layer: Any, _: Any) -> None:

@@ -1,15 +1,15 @@
-"""What a merge leaves behind: the original parameter, a report, and bounds on what rounding changed."""
+"""What a merge leaves behind: a snapshot of the weight, the state of the layer, a report, bounds on rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorma.tuners.quantized import QuantizedOriginal
+from lorma.tuners.quantized import QuantizedSnapshot
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class MergeReport:
     requantization_error: float | None = None
 
 
-class Original:
-    """The parameter that a layer had before a merge."""
+class Snapshot:
+    """The parameter that a layer had before a merge, to be put back bit for bit."""
 
     def __init__(self, layer: Any) -> None:
         self.parameter = layer._parameter()
@@ -46,16 +46,37 @@ class Original:
         setattr(layer.get_base_layer(), layer.weight_name, self.parameter)
 
 
+def take_snapshot(layer: Any) -> Snapshot | QuantizedSnapshot:
+    """What a layer's base weight is now, in whatever format."""
+    return Snapshot(layer) if layer.quantization_backend is None else QuantizedSnapshot(layer)
+
+
+@dataclass(frozen=True)
+class MergeState:
+    """How the adapters that are merged into a layer were merged.
+
+    Attributes:
+        undo: how they are taken out again.
+        snapshot: the weight before the first merge, where it is kept.
+        ranges: largest and smallest singular value of each multiplier (``inverse`` only).
+        pending_error: bound on the error of the merged weight, by which undoing it will be off.
+        drift: bound on what merges that are undone have changed.
+    """
+
+    undo: str = "snapshot"
+    snapshot: Snapshot | QuantizedSnapshot | None = None
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    pending_error: float = 0.0
+    drift: float = 0.0
+
+
 def remember(layer: Any) -> Callable[[], None]:
     """Note everything that a merge changes; calling the result puts it back, whatever has happened since."""
-    fields = ("_original", "_undo", "_ranges", "_pending_error", "_drift")
-    state = {name: getattr(layer, name) for name in fields}
-    merged = list(layer.merged_adapters)
-    held = Original(layer) if layer.quantization_backend is None else QuantizedOriginal(layer)
+    state, merged, snapshot = layer.merge_state, list(layer.merged_adapters), take_snapshot(layer)
 
     def put_back() -> None:
-        held.restore(layer)
-        vars(layer).update(state)
+        snapshot.restore(layer)
+        layer.merge_state = state
         layer.merged_adapters[:] = merged
 
     return put_back
