@@ -12,6 +12,8 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from lorma import InputError, LormaConfig, TLoraConfig
+from lorma.export import Base
+from lorma.export.merge import merge
 from lorma.methods.bottleneck.tuner import BottleneckConfig
 from lorma.methods.svft.tuner import SvftConfig
 from lorma.training.inference import load_adapter
@@ -300,3 +302,21 @@ def test_one_adapter_on_tied_embeddings(method, targets, tmp_path):
 def test_adapters_that_cannot_be_tied(config, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(llama(True), config)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("method", [LoraConfig, LormaConfig, TLoraConfig])
+def test_new_tokens_of_a_resized_vocabulary(method, tmp_path):
+    llama(True).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(14, mean_resizing=False)
+    base.save_pretrained(tmp_path / "resized")
+    model = adapt(base, method(target_modules=TARGETS, trainable_token_indices=[12, 13], task_type="CAUSAL_LM"))
+    trained = train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "resized")
+    assert_close(answers(load_adapter(copy.deepcopy(again), tmp_path / "adapter")), trained)
+    assert_close(answers(PeftModel.from_pretrained(again, tmp_path / "adapter")), trained)
+    if method is not LoraConfig:
+        merge(tmp_path / "adapter", tmp_path / "merged", Base(str(tmp_path / "resized")))
+        assert_close(answers(LlamaForCausalLM.from_pretrained(tmp_path / "merged")), trained, rtol=1e-4, atol=1e-5)

@@ -189,6 +189,8 @@ def _tokens(folder: Path, model: Any, others: dict[str, Tensor]) -> dict[str, Tr
             raise InputError(
                 f"{folder} does not fit the base model: {key} should have shape {list(shape)}; the file holds {holds}"
             )
+        if layer.tied_adapter is not None:  # of a resized vocabulary PEFT saves the rows a second time
+            others.pop(f"{path}.{DELTA}", None)
         indices = list(layer.token_indices[NAME])
         found[f"{plain_path(path).removeprefix(PREFIX)}.weight"] = TrainedTokens(key, indices, others[key])
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lorma.adapters.card import base_code, predictor_code, use_code
-from lorma.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_whole_modules, read_adapter
+from lorma.adapters.folder import CONFIG_NAME, DELTA, WEIGHTS_NAME, check_whole_modules, read_adapter
 from lorma.adapters.kinds import kind_of
 from lorma.adapters.untrusted import read_json
 from lorma.errors import InputError, one_line, reading
@@ -206,7 +206,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
         set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=bare)
         base = adapted.state_dict()
         for name in adapter.tensors.keys() - weights.keys():
-            base[name].copy_(adapter.read(name))
+            if name in base or not name.endswith(DELTA):  # tied rows, which PEFT saves twice of a resized vocabulary
+                base[name].copy_(adapter.read(name))
         for name, parameter in adapted.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])  # what is put in place of meta tensors has the file's
     except InputError:
