@@ -168,7 +168,7 @@ def test_a_folded_weight_is_not_kept_where_it_is_no_use():
 def test_what_is_held_off_the_cpu_is_gone_with_an_optimisers_step():
     """Where A and B are not compared with copies: on the meta device as on a GPU."""
     weight, A, B = (torch.empty(4, 4, device="meta") for _ in range(3))
-    held, result = kernels.HeldResult(), torch.ones(1)
+    held, result = kernels.TensorCache(), torch.ones(1)
     held.keep(result, weight, A, B, 1.0)
     assert held.look_up(weight, A, B, 1.0) is result
     trained = nn.Parameter(torch.ones(1))
@@ -179,7 +179,7 @@ def test_what_is_held_off_the_cpu_is_gone_with_an_optimisers_step():
 
 def test_what_is_held_depends_on_a_scaling_that_is_a_tensor():
     weight, A, B, scaling = (torch.ones(4, 4) for _ in range(4))
-    held = kernels.HeldResult()
+    held = kernels.TensorCache()
     held.keep(weight, weight, A, B, scaling)
     assert held.look_up(weight, A, B, scaling) is weight
     scaling.fill_(2)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorma.analysis.table import BASELINE, trivial_baselines
 from lorma.errors import InputError
 from lorma.runs.convergence import default_window, final_loss, smooth
-from lorma.runs.reading import Run, tell_apart
+from lorma.runs.reading import Run, label_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def loss_curves(
     Raises:
         InputError: no runs, no finite loss to draw, or a theme that there is not.
     """
-    colours, runs = _theme(theme), tell_apart(runs)
+    colours, runs = _theme(theme), label_runs(runs)
     drawn = [(run, run.losses[: _finite(run)]) for run in runs if _finite(run)]
     if not drawn:
         raise InputError("no run has a finite training loss to draw")
@@ -128,7 +128,7 @@ def evaluation_curves(
     Raises:
         InputError: no runs, or a theme that there is not.
     """
-    colours, runs = _theme(theme), tell_apart(runs)
+    colours, runs = _theme(theme), label_runs(runs)
     groups: dict[str, list[Curve]] = {}
     for run in runs:
         if curve := evaluation_curve(run):

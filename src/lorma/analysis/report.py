@@ -17,7 +17,7 @@ from lorma.analysis.figures import THEMES, evaluation_curve, evaluation_curves, 
 from lorma.analysis.settings import complete, described
 from lorma.analysis.table import Table, build_table
 from lorma.files import check_directory
-from lorma.runs.reading import Run, tell_apart
+from lorma.runs.reading import Run, label_runs
 from lorma.runs.trivial import metric_names
 
 
@@ -88,8 +88,8 @@ def _page(runs: Sequence[Run], table: Table, figures: list[dict[str, Any]], targ
     return environment.from_string(source).render(
         title=title,
         setting=_setting(runs, table),
-        described=described(tell_apart(runs)),
-        complete=complete(tell_apart(runs)),
+        described=described(label_runs(runs)),
+        complete=complete(label_runs(runs)),
         header=header,
         rows=rows,
         trivial_rows=len(table.trivial),
@@ -97,7 +97,7 @@ def _page(runs: Sequence[Run], table: Table, figures: list[dict[str, Any]], targ
         notes=table.notes,
         figures=figures,
         metrics=[_metric_heading(runs, name) for name in metrics],
-        runs=[_run_entry(run, target, metrics) for run in tell_apart(runs)],
+        runs=[_run_entry(run, target, metrics) for run in label_runs(runs)],
         versions=_distinct(_versions(run) for run in runs),
         devices=_devices(runs),
     )

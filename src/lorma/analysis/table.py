@@ -13,7 +13,7 @@ from lorma.analysis._notes import table_notes
 from lorma.analysis.rows import Row
 from lorma.errors import InputError
 from lorma.runs.convergence import auc_change, default_window, final_loss, has_fallen, loss_auc, steps_to_reach
-from lorma.runs.reading import Run, tell_apart
+from lorma.runs.reading import Run, label_runs
 from lorma.runs.trivial import warnings_of
 
 BASELINE = "lora"
@@ -124,7 +124,7 @@ def build_table(runs: Sequence[Run]) -> Table:
     """
     if not runs:
         raise InputError("runs is empty; a table needs at least one run")
-    runs = tell_apart(runs)
+    runs = label_runs(runs)
     for run in runs[1:]:
         _check_same(runs[0], run, "task", "model", "primary_metric", "greater_is_better")
     groups: dict[str, list[Run]] = {}

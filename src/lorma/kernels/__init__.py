@@ -8,10 +8,10 @@ formula, which also takes its place where it cannot serve (see :mod:`lorma.kerne
 
 from lorma.kernels.context import add_product, under_autocast
 from lorma.kernels.dispatch import multiplied_linear, multiply, multiply_rows, rows_belong_together
-from lorma.kernels.held import HeldResult
+from lorma.kernels.tensor_cache import TensorCache
 
 __all__ = [
-    "HeldResult",
+    "TensorCache",
     "add_product",
     "multiplied_linear",
     "multiply",

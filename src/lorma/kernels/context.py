@@ -11,7 +11,7 @@ from torch import Tensor
 _NOTHING = nullcontext()
 
 
-def is_watched() -> bool:
+def dispatch_mode_active() -> bool:
     """Whether a dispatch mode sees each operation and may keep what comes out of it (selective checkpointing does)."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
@@ -20,14 +20,14 @@ def only_plain_operations() -> bool:
     """Whether something looks on that must see PyTorch's own operations: a transform, a tracer, forward-mode AD."""
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return True
-    if is_watched() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if dispatch_mode_active() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return True
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
     """``y + s·left·right``, in the memory of ``y`` unless somebody looks on to whom that matters."""
-    if only_plain_operations() or is_watched():
+    if only_plain_operations() or dispatch_mode_active():
         return torch.addmm(y, left, right, alpha=scaling)
     return y.addmm_(left, right, alpha=scaling)
 

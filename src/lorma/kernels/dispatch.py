@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from lorma.functional import Inflation, Side, multiplier_update
 from lorma.functional.multiplier import Scaling
 from lorma.kernels.circular import CORRELATE, correlated_rows
-from lorma.kernels.context import is_watched, only_plain_operations, under_autocast, without_autocast
+from lorma.kernels.context import dispatch_mode_active, only_plain_operations, under_autocast, without_autocast
 from lorma.kernels.costs import Shape, Way, cheapest, kind_of, rates, together
 from lorma.kernels.form import Operands, is_narrow, run
-from lorma.kernels.held import HeldResult
 from lorma.kernels.low_rank import LOW_RANK, LOW_RANK_LINEAR
 from lorma.kernels.permutation import FOLD_POST, FOLD_PRE, ROTATE, folded_post, folded_pre
+from lorma.kernels.tensor_cache import TensorCache
 
 _CALL = 2**15
 """Numbers that a CPU copies in the time of a call of :func:`multiply`."""
@@ -97,7 +97,7 @@ def multiplied_linear(
     side: Side,
     *,
     transposed: bool = False,
-    folded: HeldResult | None = None,
+    folded: TensorCache | None = None,
 ) -> Tensor | None:
     """``x·(I(BA)·W0)ᵀ + bias`` (side ``pre``) or ``x·(W0·I(BA))ᵀ + bias`` (``post``) for a weight at hand.
 
@@ -159,7 +159,12 @@ def _may_hold(o: Operands) -> bool:
 
     And not while somebody looks on who expects the same operations when a part of the model is computed again.
     """
-    if torch.compiler.is_compiling() or only_plain_operations() or is_watched() or not torch.is_grad_enabled():
+    if (
+        torch.compiler.is_compiling()
+        or only_plain_operations()
+        or dispatch_mode_active()
+        or not torch.is_grad_enabled()
+    ):
         return False
     weight = o.base
     if weight.requires_grad or weight.is_inference():

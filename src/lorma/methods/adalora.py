@@ -16,7 +16,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lorma.methods.base import Context, Hooks, register_method
-from lorma.methods.peft import places
+from lorma.methods.peft import targeting_kwargs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -128,5 +128,5 @@ def adalora(adapter: AdapterSpec, task_type: str) -> PeftConfig:
         lora_alpha=alpha,
         lora_dropout=adapter.dropout,
         total_step=10,  # the real number is known, and set, when training begins
-        **places(adapter, task_type),
+        **targeting_kwargs(adapter, task_type),
     )

@@ -18,7 +18,7 @@ OFT_BLOCK = 4
 """Size of OFT's blocks for one of ``adapter.r``: k·(4r − 1)/2 parameters, near the 2·r·k of LoRA on a square."""
 
 
-def places(adapter: AdapterSpec, task_type: str) -> dict[str, Any]:
+def targeting_kwargs(adapter: AdapterSpec, task_type: str) -> dict[str, Any]:
     """The fields of a PEFT configuration that say which modules are adapted, and for which task."""
     return {
         "target_modules": adapter.target_modules,
@@ -32,7 +32,7 @@ def lora_config(adapter: AdapterSpec, task_type: str, **fixed: Any) -> PeftConfi
     from peft import LoraConfig
 
     alpha: Any = adapter.alpha or adapter.r
-    where = places(adapter, task_type)
+    where = targeting_kwargs(adapter, task_type)
     return LoraConfig(r=adapter.r, lora_alpha=alpha, lora_dropout=adapter.dropout, **where, **fixed)
 
 
@@ -101,7 +101,7 @@ def vera(adapter: AdapterSpec, task_type: str) -> PeftConfig:
     from peft import VeraConfig
 
     rank = VERA_RANKS * adapter.r
-    return VeraConfig(r=rank, vera_dropout=adapter.dropout, **places(adapter, task_type))
+    return VeraConfig(r=rank, vera_dropout=adapter.dropout, **targeting_kwargs(adapter, task_type))
 
 
 @register_method("hira", equation="W0 + W0 ∘ BA", parameters="r·(d + k)", source="HiRA, ICLR 2025 (TwJrTz9cRS)")
@@ -109,7 +109,7 @@ def hira(adapter: AdapterSpec, task_type: str) -> PeftConfig:
     """There is no alpha."""
     from peft import HiraConfig
 
-    return HiraConfig(r=adapter.r, hira_dropout=adapter.dropout, **places(adapter, task_type))
+    return HiraConfig(r=adapter.r, hira_dropout=adapter.dropout, **targeting_kwargs(adapter, task_type))
 
 
 @register_method(
@@ -124,4 +124,4 @@ def oft(adapter: AdapterSpec, task_type: str) -> PeftConfig:
     from peft import OFTConfig
 
     size = OFT_BLOCK * adapter.r
-    return OFTConfig(oft_block_size=size, module_dropout=adapter.dropout, **places(adapter, task_type))
+    return OFTConfig(oft_block_size=size, module_dropout=adapter.dropout, **targeting_kwargs(adapter, task_type))

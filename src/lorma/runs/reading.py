@@ -58,7 +58,7 @@ class Run:
 
     ``steps`` (strictly increasing optimizer steps) and ``losses`` are equally long and never empty. A loss that the
     run recorded as not finite stays so here. ``settings`` are the values of its recipe, by keys such as
-    ``train.learning_rate``; ``label`` is what it is called instead of its method, see :func:`tell_apart`.
+    ``train.learning_rate``; ``label`` is what it is called instead of its method, see :func:`label_runs`.
     """
 
     path: Path
@@ -118,7 +118,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     return Run(path, summary, steps, losses, evaluations, _read_settings(path / "recipe.yaml", summary))
 
 
-def tell_apart(runs: Sequence[Run]) -> list[Run]:
+def label_runs(runs: Sequence[Run]) -> list[Run]:
     """The runs, those of one method with different recipes called by what differs.
 
     ``lorma-plus (train.learning_rate=0.001)`` is such a label. A method whose runs differ in nothing but their seeds

@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lorma.tuners.layer import AdapterLayer
-from lorma.tuners.routes import BASE
+from lorma.tuners.row_groups import BASE
 
 
 @contextmanager

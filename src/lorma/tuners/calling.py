@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lorma.tuners.devices import onloaded
 from lorma.tuners.layer import AdapterLayer
-from lorma.tuners.placing import in_place
 
 
 class CallingLayer(nn.Module, AdapterLayer):
@@ -46,7 +46,7 @@ class CallingLayer(nn.Module, AdapterLayer):
                 return self._forward_alone(x, names[0], *args, **kwargs)
         else:
             names = [name for name in dict.fromkeys(adapter_names) if name in self.undo]
-        with in_place(self.factors()):
+        with onloaded(self.factors()):
             if not x.is_meta:
                 self.check_factors_loaded(names)
             if adapter_names is not None:

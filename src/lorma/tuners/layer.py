@@ -14,8 +14,8 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
+from lorma.tuners.devices import execution_device
 from lorma.tuners.merge import MergeableLayer
-from lorma.tuners.placing import execution_device
 from lorma.tuners.quantized import quantization_backend
 
 

@@ -27,8 +27,8 @@ from torch.nn.utils import parametrize
 
 from lorma.adapters.validation import check_choice
 from lorma.functional.multiplier import widen
+from lorma.tuners.devices import is_sharded
 from lorma.tuners.merge_state import MergeReport, MergeState, rounding_error, take_snapshot
-from lorma.tuners.placing import is_sharded
 from lorma.tuners.quantized import dequantized, write_quantized
 
 UNDO_CHOICES = ("snapshot", "inverse", "refuse")
@@ -124,7 +124,7 @@ class MergeableLayer(BaseTunerLayer):
         names = [name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.undo]
         if not names:
             return None
-        mode = self._undo_mode(undo, names)
+        mode = self._unmerge_mode(undo, names)
         ranges = {name: self._well_conditioned(name) for name in names} if mode == "inverse" else {}
         how = self._check_quantized(quantized or self.quantized_merge)
         current = self._current_weight()
@@ -225,14 +225,14 @@ class MergeableLayer(BaseTunerLayer):
         if names:
             if not unload:
                 self.check_order(names)
-            self._undo_mode(undo, names)
+            self._unmerge_mode(undo, names)
             self._check_quantized(quantized or self.quantized_merge)
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
         asked = self.active_adapters if adapter_names is None else adapter_names
         return [name for name in dict.fromkeys(asked) if name in self.undo and name not in self.merged_adapters]
 
-    def _undo_mode(self, undo: str | None, names: list[str]) -> str:
+    def _unmerge_mode(self, undo: str | None, names: list[str]) -> str:
         if is_sharded(self._parameter()):
             raise ValueError(f"the weight of {self.layer_name} is sharded (FSDP2); merge in one process, after loading")
         if undo is None:

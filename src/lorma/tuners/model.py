@@ -24,7 +24,7 @@ from lorma.tuners.layer import AdapterLayer
 from lorma.tuners.merge_state import MergeReport, remember
 from lorma.tuners.names import renamed, unwrapped
 from lorma.tuners.parameter import ParameterWrapper
-from lorma.tuners.quantized import keep_layout, tell_requantization
+from lorma.tuners.quantized import keep_layout, log_requantization
 from lorma.tuners.targets import no_match
 from lorma.tuners.tying import check_no_bias, check_tokens_fit, plain_path, tied_modules
 
@@ -228,7 +228,7 @@ class AdapterModel(BaseTuner):
                     token_layer.merge(safe_merge, names)
             undoing.pop_all()
         done = [report for report in reports if report is not None]
-        tell_requantization({r.layer: r.requantization_error for r in done})
+        log_requantization({r.layer: r.requantization_error for r in done})
         return done
 
     def unmerge_adapter(self) -> list[MergeReport]:
@@ -286,7 +286,7 @@ class AdapterModel(BaseTuner):
         unload: Any = super()._unload_and_optionally_merge
         model = unload(merge, progressbar, safe_merge, adapter_names)
         return_to_fast_paths(model)
-        tell_requantization({r.layer: r.requantization_error for r in reports})
+        log_requantization({r.layer: r.requantization_error for r in reports})
         return model
 
     @contextmanager

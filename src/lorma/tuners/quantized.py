@@ -203,7 +203,7 @@ class QuantizedSnapshot:
             self.module.quant_state = self.quant_state
 
 
-def tell_requantization(errors: dict[str, float | None]) -> None:
+def log_requantization(errors: dict[str, float | None]) -> None:
     """Log the largest relative error that rounding into quantised bases added, if any layer has one."""
     known = {layer: error for layer, error in errors.items() if error}
     if known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorma.methods.base import Method, register
-from lorma.methods.peft import places
+from lorma.methods.peft import targeting_kwargs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -22,7 +22,9 @@ def _bottleneck(placement: str, source: str, activation: str) -> None:
         from lorma.methods.bottleneck.tuner import BottleneckConfig
 
         fixed: dict[str, Any] = {"placement": placement, "activation": activation}
-        return BottleneckConfig(r=adapter.r, bottleneck_dropout=adapter.dropout, **fixed, **places(adapter, task_type))
+        return BottleneckConfig(
+            r=adapter.r, bottleneck_dropout=adapter.dropout, **fixed, **targeting_kwargs(adapter, task_type)
+        )
 
     equation = "h + up(f(down(h))), h = W0·x + b"
     parameters = "2·r·d + r + d"

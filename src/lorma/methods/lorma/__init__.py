@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorma.methods.base import Method, register
-from lorma.methods.peft import places
+from lorma.methods.peft import targeting_kwargs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,7 +20,7 @@ def lorma_config(adapter: AdapterSpec, task_type: str, **fixed: Any) -> PeftConf
     from lorma.methods.lorma.tuner import LormaConfig
 
     alpha = adapter.alpha or adapter.r
-    targets = places(adapter, task_type)
+    targets = targeting_kwargs(adapter, task_type)
     return LormaConfig(r=adapter.r, lorma_alpha=alpha, lorma_dropout=adapter.dropout, **targets, **fixed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorma.methods.base import Method, register
-from lorma.methods.peft import places
+from lorma.methods.peft import targeting_kwargs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -17,7 +17,7 @@ def _svft(name: str, parameters: str, knob: str | None, pattern: str) -> None:
     def build(adapter: AdapterSpec, task_type: str) -> PeftConfig:
         from lorma.methods.svft.tuner import SvftConfig
 
-        where = places(adapter, task_type)
+        where = targeting_kwargs(adapter, task_type)
         return SvftConfig(r=adapter.r, pattern=pattern, svft_dropout=adapter.dropout, **where)
 
     equation = f"U(Σ + M)Vᵀ, M {'diagonal' if pattern == 'plain' else 'sparse'}"

@@ -20,9 +20,9 @@ from lorma import functional, kernels
 from lorma.functional.multiplier import Inflation
 from lorma.methods.lorma.tuner.layer import LormaLayer
 from lorma.tuners.calling import CallingLayer
-from lorma.tuners.placing import in_place, whole
+from lorma.tuners.devices import full_tensor, onloaded
 from lorma.tuners.plain import drops
-from lorma.tuners.routes import Group, Routes, divide
+from lorma.tuners.row_groups import Group, Routes, divide
 
 
 class ChannelLayer(CallingLayer, LormaLayer):
@@ -43,9 +43,9 @@ class ChannelLayer(CallingLayer, LormaLayer):
         if self._acts_on_inputs(name):
             return self.base_layer(self._multiplied(x, name), *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        with in_place((self.get_base_layer(),)):
+        with onloaded((self.get_base_layer(),)):
             bias = getattr(self.get_base_layer(), "bias", None)
-            return self._multiplied(result, name, None if bias is None else whole(bias))
+            return self._multiplied(result, name, None if bias is None else full_tensor(bias))
 
     def _multiplied(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
         (A, B), s, inflation = self._factors(name), self.scaling[name], self.inflation[name]
@@ -76,7 +76,7 @@ class ChannelLayer(CallingLayer, LormaLayer):
             if group.on_inputs:
                 x = self._multiplied_rows(x, group)
         result = self._call_base(x, routes, *args, **kwargs)
-        with in_place((self.get_base_layer(),)):
+        with onloaded((self.get_base_layer(),)):
             result = self._multiply_outputs(result, routes)
             for group in groups:
                 if not group.on_inputs:
@@ -85,7 +85,7 @@ class ChannelLayer(CallingLayer, LormaLayer):
 
     def _multiplied_rows(self, x: Tensor, group: Group, bias: Tensor | None = None) -> Tensor:
         """Each row of a group multiplied by its own adapter: in one batched product, or one adapter after another."""
-        bias = None if bias is None else whole(bias)
+        bias = None if bias is None else full_tensor(bias)
         part = x.index_select(0, group.rows)
         channels = self._channels_last(part)
         factors = [self._factors(name) for name in group.names]
@@ -102,7 +102,7 @@ class ChannelLayer(CallingLayer, LormaLayer):
 
     def _forward_several(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         result = self._call_base(x, [(None, names)], *args, **kwargs)
-        with in_place((self.get_base_layer(),)):
+        with onloaded((self.get_base_layer(),)):
             return self._multiply_outputs(result, [(None, names)])
 
     # Where an adapter acts
@@ -203,7 +203,7 @@ class ChannelLayer(CallingLayer, LormaLayer):
 
     def _bias(self) -> Tensor | None:
         bias = getattr(self.get_base_layer(), "bias", None)
-        return None if bias is None else self._along_channels(whole(bias))
+        return None if bias is None else self._along_channels(full_tensor(bias))
 
     def _along_channels(self, vector: Tensor) -> Tensor:
         """A vector over output channels, shaped to be added to an output."""

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lorma import functional
 from lorma.functional.multiplier import Scaling, Side, widen
-from lorma.kernels import HeldResult
+from lorma.kernels import TensorCache
+from lorma.tuners.devices import full_tensor, gathered
 from lorma.tuners.factors import Factors
 from lorma.tuners.layer import AdapterLayer
-from lorma.tuners.placing import gathered, whole
 
 
-def beside(factor: Tensor, matrices: Tensor) -> Tensor:
+def broadcast_factor(factor: Tensor, matrices: Tensor) -> Tensor:
     """A factor (…, r, n) on the device of ``matrices`` (…, d, k), with as many dimensions."""
     missing = (1,) * (matrices.ndim - factor.ndim)
     return factor.to(matrices.device).reshape(factor.shape[:-2] + missing + factor.shape[-2:])
@@ -31,7 +31,7 @@ class MagnitudeLayer(AdapterLayer):
     side: dict[str, Side]
     scaling: dict[str, Scaling]
     out_features: int
-    _norms: dict[str, HeldResult]
+    _norms: dict[str, TensorCache]
 
     @abstractmethod
     def _matrices(self, weight: Tensor, side: Side) -> Tensor:
@@ -49,7 +49,7 @@ class MagnitudeLayer(AdapterLayer):
         names = self._to_merge(adapter_names)
         if unload or not names:
             return
-        mode = self._undo_mode(undo, names)
+        mode = self._unmerge_mode(undo, names)
         done = [*names, *self.merged_adapters]
         left_out = [n for n in self.lorma_magnitude_vector if n in self.active_adapters and n not in done]
         if mode != "snapshot" and left_out:
@@ -76,9 +76,9 @@ class MagnitudeLayer(AdapterLayer):
         """Norms of the rows of W0 multiplied by this adapter alone; see :func:`functional.multiplied_row_norms`."""
         side = self.side[adapter_name]
         with gathered(self.get_base_layer()):
-            matrices = self._matrices(whole(self.original_weight()), side)
+            matrices = self._matrices(full_tensor(self.original_weight()), side)
             ((_, A, B),) = self._parts(adapter_name)
-            A, B = (beside(widen(t), matrices) for t in (A, B))
+            A, B = (broadcast_factor(widen(t), matrices) for t in (A, B))
             norms = functional.multiplied_row_norms(matrices, A, B, self.scaling[adapter_name], side)
         return self._join_norms(norms).to(self.lorma_A[adapter_name].device)
 
@@ -96,13 +96,13 @@ class MagnitudeLayer(AdapterLayer):
         if torch.is_grad_enabled() or cast(Any, self).training:
             self._norms.pop(adapter_name, None)
             return self._factor(magnitude, self._multiplied_norms(adapter_name))
-        held = self._norms.setdefault(adapter_name, HeldResult())
+        cache = self._norms.setdefault(adapter_name, TensorCache())
         A, B, s = self.lorma_A[adapter_name], self.lorma_B[adapter_name], self.scaling[adapter_name]
         weight = cast(Tensor, self.get_base_layer().weight)
-        norms = held.look_up(weight, A, B, s)
+        norms = cache.look_up(weight, A, B, s)
         if norms is None:
             norms = self._multiplied_norms(adapter_name)
-            held.keep(norms, weight, A, B, s)
+            cache.keep(norms, weight, A, B, s)
         return self._factor(magnitude, norms)
 
     def _factor(self, magnitude: Tensor, norms: Tensor) -> Tensor:

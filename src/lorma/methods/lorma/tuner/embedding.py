@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorma import functional
 from lorma.methods.lorma.tuner.channels import ChannelLayer
-from lorma.tuners.placing import gathered, whole
+from lorma.tuners.devices import full_tensor, gathered
 
 
 class Embedding(ChannelLayer):
@@ -48,6 +48,6 @@ class Embedding(ChannelLayer):
         """Norms of the columns of W0·I(BA), as those of the rows of I(BA)ᵀ·W0ᵀ."""
         A, B = self.lorma_A[adapter_name], self.lorma_B[adapter_name]
         with gathered(self.get_base_layer()):
-            weight = whole(self.original_weight()).mT
+            weight = full_tensor(self.original_weight()).mT
             norms = functional.multiplied_row_norms(weight, B.mT, A.mT, self.scaling[adapter_name], "pre")
         return norms.to(A.device)

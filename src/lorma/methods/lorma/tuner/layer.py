@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from lorma import functional
 from lorma.adapters.validation import check_scaling
 from lorma.functional.multiplier import Inflation, Scaling, Side
-from lorma.kernels import HeldResult
+from lorma.kernels import TensorCache
 from lorma.methods.lorma.tuner.config import LormaConfig
-from lorma.methods.lorma.tuner.dora import MagnitudeLayer, beside
+from lorma.methods.lorma.tuner.dora import MagnitudeLayer, broadcast_factor
 from lorma.methods.lorma.tuner.fused import FusedProjection
 from lorma.tuners.factors import MAGNITUDE, Factors
 
@@ -59,7 +59,7 @@ class LormaLayer(MagnitudeLayer):
         self.lorma_A = Factors()
         self.lorma_B = Factors()
         self.lorma_magnitude_vector = Factors(MAGNITUDE)
-        self._norms: dict[str, HeldResult] = {}
+        self._norms: dict[str, TensorCache] = {}
 
     def _width(self, side: Side, fused: FusedProjection | None) -> int:
         """N, the numbers on the multiplied side taken together."""
@@ -222,7 +222,7 @@ class LormaLayer(MagnitudeLayer):
         delta = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         source, target = self._matrices(weight, side), self._matrices(delta, side)
         for rows, A, B in self._parts(adapter_name, weight.dtype):
-            A, B = (beside(t, source) for t in (A, B))
+            A, B = (broadcast_factor(t, source) for t in (A, B))
             target[..., rows, :] = formula(source[..., rows, :], A, B, s, inflation, side)
         return delta
 
@@ -242,7 +242,7 @@ class LormaLayer(MagnitudeLayer):
             raise ValueError(f"{where}: each group, expert or kernel position of the weight has an update of its own")
         downs, ups = [], []
         for rows, A, B in self._parts(adapter_name, weight.dtype):
-            A, B = (beside(t, source) for t in (A, B))
+            A, B = (broadcast_factor(t, source) for t in (A, B))
             down, up = functional.lora_form(source[rows], A, B, self.scaling[adapter_name], side)
             downs.append(down)
             ups.append(up.new_zeros(source.shape[0], up.shape[1]).index_copy(0, _indices(rows, source), up))

@@ -18,7 +18,7 @@ class Linear(ChannelLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._folded = kernels.HeldResult()
+        self._folded = kernels.TensorCache()
 
     @property
     def fan_in_fan_out(self) -> bool:

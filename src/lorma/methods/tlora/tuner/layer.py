@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lorma import functional
 from lorma.methods.tlora.tuner.config import TLoraConfig
 from lorma.tuners.additive import AdditiveLayer
+from lorma.tuners.devices import execution_device
 from lorma.tuners.factors import Factors
 from lorma.tuners.names import unwrapped
-from lorma.tuners.placing import execution_device
 
 
 class TLoraLayer(AdditiveLayer):

@@ -12,7 +12,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 
-def in_place(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+def onloaded(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """While active, parameters of these modules that accelerate has offloaded are on their execution device.
 
     Accelerate brings a module's parameters when the module is called; factors in a dictionary never are, nor is a base
@@ -33,11 +33,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
     What a running forward pass has gathered already is left alone, as ZeRO-3 insists.
     """
     parts = [p for p in module.parameters() if hasattr(p, "ds_shape") and p.shape != p.ds_shape]
-    with in_place([module]), gather_params_ctx(parts):
+    with onloaded([module]), gather_params_ctx(parts):
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor sharded by FSDP2 put together, any other as it is."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 

@@ -1,4 +1,4 @@
-"""What was made of a weight and an adapter, to be used again while nothing that it was made of has changed."""
+"""Cache of a tensor derived from (W0, A, B, s), invalidated when any of them changes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class HeldResult:
-    """Holds a tensor made of W0, A, B and s between forward passes: a folded weight, DoRA's norms.
+class TensorCache:
+    """Keeps a tensor derived from W0, A, B and s between forward passes: a folded weight, DoRA's norms.
 
     A change is known by the identity, memory and version of the tensors and by the steps of optimisers, which may pass
     versions by. On a CPU A and B are compared with copies besides (2·r·n numbers); elsewhere that would make the host
@@ -33,32 +33,32 @@ class HeldResult:
     """
 
     def __init__(self) -> None:
-        self._held: tuple[Tensor, list[weakref.ref[Tensor]], list[Any], list[Tensor]] | None = None
+        self._cached: tuple[Tensor, list[weakref.ref[Tensor]], list[Any], list[Tensor]] | None = None
 
     def look_up(self, weight: Tensor, A: Tensor, B: Tensor, scaling: Scaling) -> Tensor | None:
-        """What is held, or None if something has changed."""
-        if self._held is None:
+        """The cached tensor, or None if something has changed."""
+        if self._cached is None:
             return None
-        result, references, state, copies = self._held
+        result, references, state, copies = self._cached
         same = all(known() is t for known, t in zip(references, (weight, A, B), strict=True))
         if not same or state != _state(weight, A, B, scaling):
             return None
         return result if all(torch.equal(new, old) for new, old in zip((A, B), copies, strict=False)) else None
 
     def keep(self, result: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: Scaling) -> None:
-        """Hold what was made of these tensors as they are now; nothing if they do not tell when they are changed."""
-        self._held = None
+        """Cache what was derived from these tensors; nothing if they do not tell when they are changed."""
+        self._cached = None
         if not any(t.is_inference() for t in (weight, A, B)):
             references = [weakref.ref(t) for t in (weight, A, B)]
             copies = [t.detach().clone() for t in (A, B)] if A.device.type == "cpu" else []
-            self._held = result, references, _state(weight, A, B, scaling), copies
+            self._cached = result, references, _state(weight, A, B, scaling), copies
 
     def clear(self) -> None:
-        """Let go of it."""
-        self._held = None
+        """Empty the cache."""
+        self._cached = None
 
-    def __reduce__(self) -> tuple[type[HeldResult], tuple[()]]:
-        return HeldResult, ()
+    def __reduce__(self) -> tuple[type[TensorCache], tuple[()]]:
+        return TensorCache, ()
 
 
 def _state(weight: Tensor, A: Tensor, B: Tensor, scaling: Scaling) -> list[Any]:
