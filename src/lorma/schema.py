@@ -132,6 +132,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _check_distinct(values: list[Any]) -> None:
+    repeated = [value for position, value in enumerate(values) if value in values[:position]]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is listed twice")
+
+
 def _empty(value: Any) -> Any:
     return {} if value is None else value
 
@@ -194,7 +200,8 @@ class TrainSpec(Section):
     """How long and how fast. ``max_steps`` overrides ``epochs``; evaluation and checkpoints are made every
     ``eval_steps`` and ``save_steps`` optimizer steps, or after each epoch when left out. ``precision`` other than
     float32 is autocast; the model's own dtype is ``model.dtype``. ``keep`` says whose weights the run saves: those of
-    the last step, or of the evaluation that was best by the metric of ``early_stopping``.
+    the last step, or of the evaluation that was best by the metric of ``early_stopping``. ``report_to`` names the
+    trackers that get metrics and settings, one or a list.
     """
 
     epochs: float = Field(default=3, gt=0)
@@ -213,6 +220,13 @@ class TrainSpec(Section):
     save_steps: int | None = Field(default=None, ge=1)
     early_stopping: EarlyStopping | None = None
     keep: Literal["last", "best"] = "last"
+    report_to: list[str] | str | None = None
+
+    @field_validator("report_to")
+    @classmethod
+    def _distinct(cls, value: list[str] | str | None) -> list[str] | str | None:
+        _check_distinct(value if isinstance(value, list) else [])
+        return value
 
     @model_validator(mode="after")
     def _evaluations_can_decide(self) -> TrainSpec:
@@ -246,7 +260,5 @@ class CompareSpec(Section):
     @field_validator("methods", "seeds")
     @classmethod
     def _distinct(cls, values: list[Any]) -> list[Any]:
-        repeated = [value for position, value in enumerate(values) if value in values[:position]]
-        if repeated:
-            raise ValueError(f"{repeated[0]!r} is listed twice")
+        _check_distinct(values)
         return values

@@ -39,6 +39,7 @@ class RunDirectory:
         self.data_file = self.checkpoints / "data.json"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
+        self.tensorboard = self.path / "tensorboard"
         self.lock_file = self.path / ".lock"
         self._lock: IO[str] | None = None
 
@@ -146,7 +147,7 @@ class RunDirectory:
                 os.replace(self.checkpoints, self.path / f".checkpoints.{os.getpid()}.tmp")
             for path in (self.summary_file, self.metrics_file):
                 path.unlink(missing_ok=True)
-            for folder in (self.adapter, self.model):
+            for folder in (self.adapter, self.model, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_atomic(self.data_file, json.dumps(self._began_with() | data, indent=2) + "\n")

@@ -134,18 +134,21 @@ def parse_recipe(content: dict[str, Any]) -> Recipe:
         raise InputError(_explain(error)) from None
 
 
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says by dotted keys, leaving out what does not change a run: ``compare``, ``output`` and
+    ``train.report_to``.
+    """
+    dumped = recipe.model_dump(exclude={"compare": True, "output": True, "train": {"report_to"}})
+    sections = {k: v for k, v in dumped.items() if isinstance(v, dict)}
+    plain = {k: v for k, v in dumped.items() if k not in sections} | {"method": recipe.method_name}
+    within = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+    return plain | {key: value for key, value in within.items() if key != "method.name"}
+
+
 def differences(first: Recipe, second: Recipe) -> list[str]:
-    """Dotted keys in which two recipes differ, leaving out what does not change a run (``compare``, ``output``)."""
-
-    def flat(recipe: Recipe) -> dict[str, Any]:
-        dumped = recipe.model_dump(exclude={"compare", "output"})
-        sections = {k: v for k, v in dumped.items() if isinstance(v, dict)}
-        plain = {k: v for k, v in dumped.items() if k not in sections} | {"method": recipe.method_name}
-        return plain | {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
-
-    a, b = flat(first), flat(second)
-    keys = [key for key in dict.fromkeys([*a, *b]) if key != "method.name"]
-    return [key for key in keys if a.get(key) != b.get(key)]
+    """Dotted keys in which the :func:`settings` of two recipes differ."""
+    a, b = settings(first), settings(second)
+    return [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
 def override_key(override: str) -> str:

@@ -122,8 +122,9 @@ class ProgressBar(TrainerCallback):
         self.loss = logs.get("loss", self.loss)
         self.bar.update(self.task, completed=state.global_step, loss=self.loss)
         shown = [
-            f"{key.removeprefix('eval_')} {value if isinstance(value, int) else format(value, '.4f')}"
+            f"{key.removeprefix('eval_')} {value:.4f}"
             for key, value in evaluation_metrics(logs).items()
+            if key != "eval_predicted_classes"
         ]
         if shown:
             self.console.print(f"  step {state.global_step}: evaluation {', '.join(shown)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from lorma.models.settled import Settled, settle, try_saving
 from lorma.runs.convergence import loss_auc
 from lorma.runs.directory import KEPT_CHECKPOINTS, RunDirectory
 from lorma.runs.reading import SCHEMA_VERSION
-from lorma.runs.recipe import Recipe
+from lorma.runs.recipe import Recipe, settings
 from lorma.runs.trivial import metric_names, warnings_of
 from lorma.tasks import Prepared, Task, get_task
 from lorma.tasks.fingerprint import fingerprints
@@ -33,6 +34,7 @@ from lorma.training.card import about_training
 from lorma.training.memory import peak_memory, reset_peak_memory
 from lorma.training.processes import processes
 from lorma.training.selection import Selection
+from lorma.training.trackers import PROJECT, TrackedArguments, Trackers
 from lorma.training.trainer import MethodTrainer
 
 
@@ -53,6 +55,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     run.check(recipe, overwrite)
     data = fingerprints(recipe.data)
     run.check_data(data, overwrite)
+    trackers = Trackers(recipe.train.report_to)
     set_seed(recipe.seed)
     reset_peak_memory()
     tokenizer = load_tokenizer(recipe.model)
@@ -74,6 +77,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         with processes().main_process_first():
             if processes().is_main_process:
                 run.open(recipe, overwrite, data)
+                trackers.open(run)
             recorder, selection = RunRecorder(run), Selection(run, recipe.train, task)
         checkpoint = run.last_checkpoint()
         counts = count_parameters(model, recipe.adapter, task.peft_task_type)
@@ -93,13 +97,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
             recipe.train,
             task,
             model=model,
-            args=training_arguments(recipe, task, run),
+            args=training_arguments(recipe, task, run, trackers.run_name),
             train_dataset=prepared.train,
             eval_dataset=prepared.eval,
             data_collator=prepared.collator,
             compute_metrics=prepared.compute_metrics,
             processing_class=tokenizer,
-            callbacks=[recorder, selection, bar],
+            callbacks=[trackers, recorder, selection, bar],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -128,17 +132,20 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
             write_atomic(run.summary_file, json.dumps(summary, indent=2) + "\n")
             for line in closing_lines(summary):
                 console.print(line)
+        trackers.close()
     finally:
         bar.close()
         run.close()
+        trackers.close(failed=True)
     processes().wait_for_everyone()
     return run
 
 
-def training_arguments(recipe: Recipe, task: Task, run: RunDirectory) -> TrainingArguments:
-    """What transformers' Trainer is told for a recipe."""
+def training_arguments(recipe: Recipe, task: Task, run: RunDirectory, run_name: str | None = None) -> TrainingArguments:
+    """What transformers' Trainer is told for a recipe; ``run_name`` is what trackers call the run."""
     spec, cpu = recipe.train, not torch.accelerator.is_available()
-    return TrainingArguments(
+    return TrackedArguments(
+        settings(recipe),
         output_dir=str(run.checkpoints),
         num_train_epochs=spec.epochs,
         max_steps=spec.max_steps or -1,
@@ -167,7 +174,9 @@ def training_arguments(recipe: Recipe, task: Task, run: RunDirectory) -> Trainin
         use_cpu=cpu,
         dataloader_pin_memory=not cpu,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # Trackers is one of the callbacks
+        run_name=run_name,
+        project=os.getenv("TRACKIO_PROJECT", PROJECT),
     )
 
 
