@@ -166,7 +166,7 @@ def test_the_printed_lines_use_the_adapter(recipe_file, tmp_path, cli):
     exec("\n".join(lines), scope)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     name = next(name for name in saved if name.endswith("query.lorma_A"))
-    assert scope["model"].state_dict()[f"{name}.default"].equal(saved[name])
+    assert scope["model"].state_dict()[f"{name}.default.weight"].equal(saved[name])
     assert f"lorma predict {tmp_path / 'run'} --text" in out
 
 
