@@ -25,18 +25,18 @@ support: $(VENV)/.dev  ## Write docs/support.md: every feature on every kind of 
 	cd tests && ../$(BIN)/python -m support.table
 
 bench: $(VENV)/.dev  ## Measure speed and memory (an hour on two quiet cores), then write docs/speed.md
-	$(BIN)/python benchmarks/layer.py -o $(SPEED)/layer.json $(BENCH)
-	$(BIN)/python benchmarks/layer.py --rounds 61 -o $(SPEED)/layer_close.json $(BENCH) --contenders \
+	$(BIN)/python -m benchmarks.cases.layer -o $(SPEED)/layer.json $(BENCH)
+	$(BIN)/python -m benchmarks.cases.layer --rounds 61 -o $(SPEED)/layer_close.json $(BENCH) --contenders \
 		frozen,lora,rebuild-permutation,lorma-plus,lorma-plus-auto,lorma-permutation,lorma-permutation-auto
-	$(BIN)/python benchmarks/layer.py --compiled -o $(SPEED)/layer_compiled.json $(BENCH) \
+	$(BIN)/python -m benchmarks.cases.layer --compiled -o $(SPEED)/layer_compiled.json $(BENCH) \
 		--contenders frozen,lora,lorma-plus,lorma-plus-auto,lorma-permutation-auto
-	$(BIN)/python benchmarks/model_step.py --model minilm -o $(SPEED)/model_minilm.json $(BENCH)
-	$(BIN)/python benchmarks/model_step.py --model smollm2 -o $(SPEED)/model_smollm2.json $(BENCH)
-	$(BIN)/python benchmarks/model_step.py --model llama-stack -o $(SPEED)/model_llama_stack.json $(BENCH)
-	$(BIN)/python benchmarks/decode.py -o $(SPEED)/decode.json $(BENCH)
-	$(BIN)/python benchmarks/adapters.py -o $(SPEED)/adapters.json $(BENCH)
-	$(BIN)/python benchmarks/scaling.py -o $(SPEED)/scaling.json $(BENCH)
-	$(BIN)/python benchmarks/page.py --results $(SPEED) $(PAGE)
+	$(BIN)/python -m benchmarks.cases.model_step --model minilm -o $(SPEED)/model_minilm.json $(BENCH)
+	$(BIN)/python -m benchmarks.cases.model_step --model smollm2 -o $(SPEED)/model_smollm2.json $(BENCH)
+	$(BIN)/python -m benchmarks.cases.model_step --model llama-stack -o $(SPEED)/model_llama_stack.json $(BENCH)
+	$(BIN)/python -m benchmarks.cases.decode -o $(SPEED)/decode.json $(BENCH)
+	$(BIN)/python -m benchmarks.cases.adapters -o $(SPEED)/adapters.json $(BENCH)
+	$(BIN)/python -m benchmarks.cases.scaling -o $(SPEED)/scaling.json $(BENCH)
+	$(BIN)/python -m benchmarks.page --results $(SPEED) $(PAGE)
 
 fuzz: $(VENV)/.dev  ## Spoil an adapter folder 10,000 times; each must be loaded or refused in one line (ten minutes)
 	$(BIN)/python tests/export/fuzz.py 10000

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -92,6 +94,15 @@ def test_accelerate_takes_the_page_s_configuration(workplace):
     assert "2 processes" in (workplace / "run" / "summary.json").read_text()
     loaded = run_python(ON_BASE.format(adapter="run/adapter"), workplace)
     assert loaded.returncode == 0, loaded.stderr
+
+
+@pytest.mark.slow
+def test_the_page_of_speeds_says_what_its_results_say(tmp_path):
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
+    folders = ["--results", str(tmp_path / "results" / "speed"), "--figures", str(tmp_path / "figures")]
+    command = [sys.executable, "-m", "benchmarks.page", *folders, "-o", str(tmp_path / "speed.md")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    assert (tmp_path / "speed.md").read_text(encoding="utf-8") == page("docs/speed.md")
 
 
 @pytest.mark.parametrize("name", PAGES)

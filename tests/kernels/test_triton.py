@@ -40,7 +40,7 @@ def compare(out, bias, A, B, scaling=0.7, keep=True):
     before = out.clone()
     inner = out.double() if bias is None else out.double() - bias.double()
     expected = out.double() + multiplier_update(inner, A.double(), B.double(), scaling, "plus")
-    u = torch.full((out.shape[:-1].numel(), len(A)), torch.nan) if keep else None
+    u = torch.full((out.shape[:-1].numel(), len(A)), torch.nan, device=out.device) if keep else None
     found = low_rank_update(out, bias, A, B, scaling, u)
     assert (found.dtype, found.shape, found.is_contiguous()) == (out.dtype, out.shape, True)
     assert_close(found.double(), expected, rtol=DTYPES[out.dtype], atol=1e-5)
@@ -119,6 +119,14 @@ def test_in_the_interpreter():
     said = in_a_process([__file__], "values", "errors", TRITON_INTERPRET="1")
     assert "values OK, 216 cases" in said
     assert "errors OK, 11 cases" in said
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu():
+    for width, rank, tokens, bias, dtype in itertools.product((100, 1024), (8, 16), (1, 8), BIASES, DTYPES):
+        operands = draw(width, rank, (tokens,), bias, dtype, factors=torch.float32)
+        compare(*(None if each is None else each.cuda() for each in operands))
 
 
 @needs_triton

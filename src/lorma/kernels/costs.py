@@ -1,6 +1,6 @@
 """What each way of computing LoRMAπ costs, from measured rates, and which is the cheapest.
 
-Operations are counted; how long one takes was measured (``python benchmarks/cost_model.py``) for the kinds of devices
+Operations are counted; how long one takes was measured (``benchmarks/cases/cost_model.py``) for the kinds of devices
 and dtypes that are listed in ``costs.json``; others borrow the rates nearest to theirs. CPUs with AVX-512 are a kind of
 their own: products gain more from it than transforms do. Rates are fixed in the package and not measured on the user's
 machine, so that the same run makes the same choices, and the same rounding, whenever it is repeated there.

@@ -7,7 +7,7 @@ row, the result goes to a tensor of its own.
 
 Triton is imported when the kernel is built. The kernel has been compared with the formula in Triton's interpreter and
 compiled for GPUs, but never timed on one. So it is used only where ``LORMA_TRITON=1`` is set, until
-``benchmarks/triton_decode.py`` shows it at least 10 % faster than plain PyTorch on the shape of a real layer.
+``benchmarks/cases/triton_decode.py`` shows it at least 10 % faster than plain PyTorch on the shape of a real layer.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ class Method:
             reason = first["msg"].removeprefix("Value error, ")
             raise InputError(f"method.{key}={first['input']!r}: {reason}" if key else f"method: {reason}") from None
 
-    def configure(self, adapter: AdapterSpec, task_type: str, options: Options) -> PeftConfig:
-        """The PEFT configuration of a method that has one."""
+    def configure(self, adapter: AdapterSpec, task_type: str | None, options: Options) -> PeftConfig:
+        """The PEFT configuration of a method that has one; a model that PEFT has no task for has None."""
         assert self.build is not None
         further = (options,) if self.options is not Options else ()
         return self.build(adapter, task_type, *further)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 PACKAGES = ("torch", "transformers", "peft", "lorma")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCES = ("frozen", "lora", "rebuild-plus", "rebuild-permutation")
 """Contenders that others are divided by, wherever they take part."""
@@ -176,7 +176,7 @@ def write(arguments: argparse.Namespace, content: Case) -> None:
     """Write the results under their final name in one step, with the command and the environment at the top."""
     output: Path = arguments.output
     given = [_without_place(argument) for argument in sys.argv[1:]]
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
+    command = shlex.join(["python", "-m", f"benchmarks.cases.{Path(sys.argv[0]).stem}", *given])
     head = {"command": command, "quick": arguments.quick, "rounds": arguments.rounds, **environment()}
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(".partial")

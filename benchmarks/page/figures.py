@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from verdicts import PERMUTATION, place
+
+from benchmarks.page.verdicts import PERMUTATION, place
 
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 COLOURS = {

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from harness import DEVICE, Run, synchronise
 from torch import Tensor
 
+from benchmarks.harness import DEVICE, Run, synchronise
 from lorma.kernels import rotation
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on starting and stopping

@@ -1,8 +1,8 @@
 """A whole training step, forward, backward and AdamW: time, bytes kept for the backward pass, peak memory.
 
-    python benchmarks/model_step.py --model minilm -o docs/results/speed/model_minilm.json
-    python benchmarks/model_step.py --model smollm2 -o docs/results/speed/model_smollm2.json
-    python benchmarks/model_step.py --model llama-stack -o docs/results/speed/model_llama_stack.json
+    python -m benchmarks.cases.model_step --model minilm -o docs/results/speed/model_minilm.json
+    python -m benchmarks.cases.model_step --model smollm2 -o docs/results/speed/model_smollm2.json
+    python -m benchmarks.cases.model_step --model llama-stack -o docs/results/speed/model_llama_stack.json
 
 Query and value projections are adapted, r = 8; only the adapter trains. MiniLM reads a batch of padded film reviews,
 SmolLM2-135M film reviews one after the other. ``llama-stack`` is the first layers of a Llama of the 1B class with
@@ -18,13 +18,13 @@ import argparse
 from functools import partial
 from typing import Any
 
-import contenders
 import psutil
 import torch
-from bases import ONE_BILLION, TINY, Base, llama, minilm, smollm2
-from harness import DEVICE, Run, interleave, parse, parser, write
-from memory import peak_bytes, saved_bytes
 from torch import Tensor, nn
+
+from benchmarks.harness import DEVICE, Run, contenders, interleave, parse, parser, write
+from benchmarks.harness.bases import ONE_BILLION, TINY, Base, llama, minilm, smollm2
+from benchmarks.harness.memory import peak_bytes, saved_bytes
 
 SIZES = {"minilm": (32, 64), "smollm2": (4, 128), "llama-stack": (4, 128)}
 ROUNDS = {"minilm": 15, "smollm2": 7, "llama-stack": 5}

@@ -1,10 +1,10 @@
 """Forward and backward of one linear layer: time, bytes kept for the backward pass, peak memory.
 
-    python benchmarks/layer.py -o docs/results/speed/layer.json
-    python benchmarks/layer.py --contenders frozen,lora,rebuild-permutation,lorma-plus,lorma-plus-auto,\\
+    python -m benchmarks.cases.layer -o docs/results/speed/layer.json
+    python -m benchmarks.cases.layer --contenders frozen,lora,rebuild-permutation,lorma-plus,lorma-plus-auto,\\
 lorma-permutation,lorma-permutation-auto --rounds 61 -o docs/results/speed/layer_close.json
-    python benchmarks/layer.py --compiled --contenders frozen,lora,lorma-plus,lorma-plus-auto,lorma-permutation-auto \\
--o docs/results/speed/layer_compiled.json
+    python -m benchmarks.cases.layer --compiled --contenders frozen,lora,lorma-plus,lorma-plus-auto,\\
+lorma-permutation-auto -o docs/results/speed/layer_compiled.json
 
 The second repeats what close calls are about often enough to tell two percent. The third times layers compiled by
 ``torch.compile``; bytes are of layers that are not compiled.
@@ -22,24 +22,13 @@ folding the multiplier into the weight, with n the multiplied side, m the other 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import contenders
 import torch
-from harness import DEVICE, Case, Run, interleave, parse, parser, write
-from memory import peak_bytes, saved_bytes
 from torch import Tensor, nn
 
-
-class Shape(NamedTuple):
-    """A layer of d outputs and k inputs on b tokens, and the rank of its adapter."""
-
-    d: int
-    k: int
-    b: int
-    r: int = 8
-    dtype: torch.dtype = torch.float32
-
+from benchmarks.harness import DEVICE, Case, contenders, interleave, parse, parser, write
+from benchmarks.harness.layers import Projections, Shape, step
+from benchmarks.harness.memory import peak_bytes, saved_bytes
 
 MANY = (Shape(768, 768, 4096), Shape(1024, 1024, 4096), Shape(4096, 1024, 2048), Shape(1024, 4096, 2048))
 FEW = tuple(shape._replace(b=256) for shape in MANY)
@@ -47,35 +36,6 @@ LARGE = Shape(4096, 4096, 8192, 16, torch.bfloat16)
 QUICK = (Shape(48, 32, 64),)
 FOR_FEW = ("frozen", "lora", "lorma-plus", "rebuild-permutation", "lorma-permutation", "lorma-permutation-auto")
 FOR_SHARED = ("lora", "lorma-plus", "lorma-plus-auto", "lorma-permutation", "lorma-permutation-auto")
-
-
-class Projections(nn.Module):
-    """Linear layers of one shape, each applied to the same input; their outputs side by side."""
-
-    def __init__(self, shape: Shape, count: int, bias: bool) -> None:
-        super().__init__()
-        make: dict[str, Any] = {"bias": bias, "device": DEVICE, "dtype": shape.dtype}
-        self.layers = nn.ModuleDict({f"p{i}": nn.Linear(shape.k, shape.d, **make) for i in range(count)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([layer(x) for layer in self.layers.values()])
-
-
-def step(model: nn.Module, x: Tensor, gradient: Tensor, compiled: bool = False) -> Run:
-    """Forward and backward of the layer itself, past the wrappers around it.
-
-    What is trained is written to before each run, as an optimiser does, so that nothing is carried over.
-    """
-    layer = contenders.inner(model).layers["p0"]
-    layer = torch.compile(layer) if compiled else layer
-    trained = contenders.trainable(model)
-
-    def run() -> None:
-        if trained:
-            torch._foreach_mul_([parameter.detach() for parameter in trained], 1.0)
-        torch.autograd.grad(layer(x), [x, *trained], gradient)
-
-    return run
 
 
 def measure(shape: Shape, names: Sequence[str], bias: bool, rounds: int, compiled: bool) -> Case:
@@ -131,7 +91,8 @@ def floor(shape: Shape, n: int) -> float:
 
 def shapes(text: str) -> tuple[Shape, ...]:
     """``16x16x4,768x768x256`` as shapes."""
-    return tuple(Shape(*map(int, part.split("x"))) for part in text.split(","))
+    sizes = (map(int, part.split("x")) for part in text.split(","))
+    return tuple(Shape(d, k, b) for d, k, b in sizes)
 
 
 def described(shape: Shape, bias: bool) -> Case:

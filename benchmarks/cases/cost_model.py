@@ -1,8 +1,8 @@
 """Rates from which the library chooses a way of computing LoRMAπ, and how well the choice does.
 
-    python benchmarks/cost_model.py -o docs/results/speed/cost_model.json --install
+    python -m benchmarks.cases.cost_model -o docs/results/speed/cost_model.json --install
     ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \\
-        python benchmarks/cost_model.py -o docs/results/speed/cost_model_avx2.json --install
+        python -m benchmarks.cases.cost_model -o docs/results/speed/cost_model_avx2.json --install
 
 The second measures a CPU with AVX-512 as one without.
 Each rate is the median of interleaved runs on one middling size; they are written into the package
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import DEVICE, ROOT, Case, Run, interleave, parse, parser, write
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.harness import DEVICE, ROOT, Case, Run, interleave, parse, parser, write
 from lorma.kernels.circular import CORRELATE
 from lorma.kernels.costs import Rates, Shape, cheapest, kind_of
 from lorma.kernels.form import Operands, run

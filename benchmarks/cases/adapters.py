@@ -1,6 +1,6 @@
 """Merging an adapter, taking it out again, and loading one from disk.
 
-    python benchmarks/adapters.py -o docs/results/speed/adapters.json
+    python -m benchmarks.cases.adapters -o docs/results/speed/adapters.json
 
 Merging and unmerging change the weights in place (PEFT's ``merge_adapter`` and ``unmerge_adapter``), so every contender
 has weights of its own. ``lorma-…/inverse`` undoes a merge algebraically instead of keeping a copy of the weight.
@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import contenders
 import torch
-from bases import SMOLLM2, TINY, Base, llama, minilm
-from harness import Case, Run, interleave, parse, parser, write
-from layer import Projections, Shape
 from peft import PeftModel
+
+from benchmarks.harness import Case, Run, contenders, interleave, parse, parser, write
+from benchmarks.harness.bases import SMOLLM2, TINY, Base, llama, minilm
+from benchmarks.harness.layers import Projections, Shape
 
 NAMES = ("lora", "dora", "hira", "lorma-plus", "lorma-permutation")
 WITH_INVERSE = ("lorma-plus/inverse", "lorma-permutation/inverse")

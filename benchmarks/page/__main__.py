@@ -1,8 +1,8 @@
-"""The page of measured speeds: ``benchmarks/page.md`` with its ``{{places}}`` filled from result files.
+"""The page of measured speeds: ``page.md`` with its ``{{places}}`` filled from result files.
 
-    python benchmarks/page.py --results docs/results/speed -o docs/speed.md
+    python -m benchmarks.page --results docs/results/speed -o docs/speed.md
 
-Text is changed in ``benchmarks/page.md``; every number comes from a file. What has not been measured is said to be so.
+Text is changed in ``page.md``; every number comes from a file. What has not been measured is said to be so.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import figures
-from verdicts import Results, lines, place
+from benchmarks.page import figures
+from benchmarks.page.verdicts import Results, lines, place
 
 TEMPLATE = Path(__file__).with_name("page.md")
 MISSING = "*Not measured yet.*"

@@ -1,6 +1,6 @@
 """QLoRMA beside LoRMA: one recipe trained on bases of different precision, each run in a process of its own.
 
-    python benchmarks/quantized_training.py --data ../shared/data/gsm8k -o docs/results/quantized_training.json
+    python -m benchmarks.cases.quantized_training --data ../shared/data/gsm8k -o docs/results/quantized_training.json
 
 ``--data`` is a folder with GSM8K's ``train.jsonl`` and ``test.jsonl``. Finished runs under ``--runs`` are not repeated.
 
@@ -147,7 +147,7 @@ def main() -> None:
     runs = {name: train(name, arguments) for name in arguments.quantizations.split(",")}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     content = {
-        "command": "python benchmarks/quantized_training.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.cases.quantized_training " + " ".join(sys.argv[1:]),
         "commit": commit.stdout.strip(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "processor": f"{platform.machine()}, {psutil.cpu_count()} cores, shared",

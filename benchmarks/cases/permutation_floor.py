@@ -1,6 +1,6 @@
 """What a dense LoRMAπ would take without autograd and Python around it, in frozen layers.
 
-    python benchmarks/permutation_floor.py 768 768 256
+    python -m benchmarks.cases.permutation_floor 768 768 256
 
 ``five products`` are those that the floor counts: x·W0ᵀ, z·Mᵀ, g·M, gᵀ·z and dz·W0, of matrices at hand. ``all
 passes`` are the same with M formed by blocks of rows, twice, and its gradient taken back to the factors, as
@@ -17,10 +17,10 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from harness import DEVICE, synchronise
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.harness import DEVICE, synchronise
 from lorma.kernels.form import FORMS, Operands
 
 RANK, REPEATS = 8, 3

@@ -6,10 +6,10 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from harness import DEVICE
 from torch import nn
 from transformers.utils import logging
 
+from benchmarks.harness import DEVICE
 from lorma.models.load import load_model, load_tokenizer
 from lorma.schema import ModelSpec
 from lorma.tasks.movie_reviews import load_movie_reviews

@@ -11,25 +11,28 @@
 ``tlora``                  TLoRA: r² + 1 numbers a layer
 =========================  ===========================================================================
 
-Scalings are 1 (alpha = r). All contenders on one base share its frozen weights. Each starts at its method's own start,
-moved by noise in every factor, so that nothing is zero by chance. Rebuilding is our own reference for the idea, on
-side pre: forming the multiplied weight in every step.
+What is neither the base alone nor rebuilt is a method of the registry, or a variant of one; every other method with an
+adapter can be named too. Scalings are 1 (alpha = r). All contenders on one base share its frozen weights. Each starts
+at its method's own start, moved by noise in every factor, so that nothing is zero by chance. Rebuilding is our own
+reference for the idea, on side pre: forming the multiplied weight in every step.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorma import LormaConfig, TLoraConfig
 from lorma.functional import init_factors
+from lorma.methods import get_method
+from lorma.schema import AdapterSpec
 
 ALL = (
     "frozen",
@@ -45,29 +48,23 @@ ALL = (
     "lorma-permutation-auto",
     "tlora",
 )
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"lorma-permutation-auto": ("lorma-permutation", {"side": "auto"})}
+"""Contenders that are a method with other fields than its own."""
 SLOW = {"dora": 3, "hira": 3, "rebuild-plus": 3}
 """Contenders that take part in every third round only: no close call depends on them."""
 NOISE = 0.01
 
 
 def configuration(name: str, targets: Sequence[str], r: int) -> Any:
-    """The PEFT configuration of a contender.
+    """The PEFT configuration of a contender: any method with an adapter, or a variant of one.
 
     Raises:
-        ValueError: if ``name`` is none that PEFT builds.
+        InputError: if there is no such method.
     """
-    common: dict[str, Any] = {"r": r, "target_modules": list(targets)}
-    if name in ("lora", "dora"):
-        return LoraConfig(lora_alpha=r, use_dora=name == "dora", **common)
-    if name == "hira":
-        return HiraConfig(**common)
-    if name == "tlora":
-        return TLoraConfig(**common)
-    method, _, rest = name.partition("-")
-    if method != "lorma" or name not in ALL:
-        raise ValueError(f"contender {name!r} is not one of {', '.join(ALL)}")
-    inflation, _, side = rest.partition("-")
-    return LormaConfig(lorma_alpha=r, inflation=inflation, side=side or "pre", **common)
+    name, further = VARIANTS.get(name, (name, {}))
+    method = get_method(name)
+    config = method.configure(AdapterSpec(r=r, target_modules=list(targets)), None, method.read_options({}))
+    return replace(config, **further)
 
 
 def build(name: str, base: nn.Module, targets: Sequence[str], r: int = 8) -> nn.Module:

@@ -3,7 +3,7 @@
     lorma train gsm8k_smollm2 data.train=gsm8k/train.jsonl data.eval=gsm8k/test.jsonl data.max_eval_rows=4 \\
         data.max_length=160 train.max_steps=40 output=runs/gsm
     CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" make llamacpp   (with OpenBLAS's headers installed)
-    python benchmarks/llama_agreement.py runs/gsm --prompts gsm8k/test.jsonl -o docs/results/llama_agreement.json
+    python -m benchmarks.cases.llama_agreement runs/gsm --prompts gsm8k/test.jsonl -o docs/results/llama_agreement.json
 
 For a run on a GGUF base (SmolLM2): greedy continuations of 20 prompts, token by token, by transformers on the unpacked
 weights and by llama.cpp in three ways:
@@ -30,8 +30,8 @@ import gguf
 import llama_cpp
 import numpy as np
 import torch
-from harness import parse, parser, write
 
+from benchmarks.harness import parse, parser, write
 from lorma.export import Base, export_gguf
 from lorma.runs.locate import base_arguments, finished_adapter
 from lorma.training.inference import load_predictor

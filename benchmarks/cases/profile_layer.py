@@ -1,20 +1,21 @@
 """Where the time of one layer's forward and backward goes, operation by operation.
 
-    python benchmarks/profile_layer.py lorma-permutation 768 768 256
+    python -m benchmarks.cases.profile_layer lorma-permutation 768 768 256
 
 Prints milliseconds of a step for each operation and shape of operands, longest first, as PyTorch's profiler counts
-them (its own cost included), for any contender of ``contenders.py`` on d outputs, k inputs and b tokens.
+them (its own cost included), for any contender of ``benchmarks.harness.contenders`` on d outputs, k inputs and b
+tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 
-import contenders
 import torch
-from harness import DEVICE
-from layer import Projections, Shape, step
 from torch.profiler import profile
+
+from benchmarks.harness import DEVICE, contenders
+from benchmarks.harness.layers import Projections, Shape, step
 
 WARMUP, STEPS = 5, 20
 

@@ -1,10 +1,10 @@
 """Generating one token at a time, adapters unmerged: one layer, and SmolLM2-135M.
 
-    python benchmarks/decode.py -o docs/results/speed/decode.json
+    python -m benchmarks.cases.decode -o docs/results/speed/decode.json
 
 ``layers`` is one token through one square layer of several widths, without gradients. ``generation`` is greedy decoding
 of a fixed number of tokens with a cache after a short prompt; ``seconds`` is of one token, the prompt's share included.
-Mixed batches of several adapters are in ``benchmarks/scaling.py``.
+Mixed batches of several adapters are in ``benchmarks.cases.scaling``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import contenders
 import torch
-from bases import TINY, llama, smollm2
-from harness import DEVICE, Case, Run, interleave, parse, parser, write
-from layer import Projections, Shape
+
+from benchmarks.harness import DEVICE, Case, Run, contenders, interleave, parse, parser, write
+from benchmarks.harness.bases import TINY, llama, smollm2
+from benchmarks.harness.layers import Projections, Shape
 
 WIDTHS = (768, 1024, 2048, 4096)
 FOR_LAYERS = tuple(name for name in contenders.ALL if not name.endswith(("-auto", "-post")))

@@ -1,8 +1,8 @@
 """How the time of one square layer grows with tokens, width, rank and the number of adapters in a batch.
 
-    python benchmarks/scaling.py -o docs/results/speed/scaling.json
+    python -m benchmarks.cases.scaling -o docs/results/speed/scaling.json
 
-Forward and backward for tokens, width and rank, as in ``benchmarks/layer.py``; where not varied, 1,024 wide, 1,024
+Forward and backward for tokens, width and rank, as in ``benchmarks.cases.layer``; where not varied, 1,024 wide, 1,024
 tokens, r = 8. ``adapters`` is prediction: 64 rows of one token through one layer with ``adapter_names``, spread evenly
 over 1 to 64 of the 64 adapters that are loaded. Contenders there are called through PEFT's model, which takes the
 names.
@@ -13,10 +13,10 @@ from __future__ import annotations
 from functools import partial
 from itertools import cycle, islice
 
-import contenders
 import torch
-from harness import DEVICE, Case, Run, interleave, parse, parser, write
-from layer import Projections, Shape, step
+
+from benchmarks.harness import DEVICE, Case, Run, contenders, interleave, parse, parser, write
+from benchmarks.harness.layers import Projections, Shape, step
 
 NAMES = ("frozen", "lora", "dora", "rebuild-permutation", "lorma-plus", "lorma-permutation")
 MIXED = ("lora", "lorma-plus", "lorma-permutation")

@@ -1,6 +1,6 @@
 """Handing an adapter to a sampler after each step: the exported LoRA against the training step itself.
 
-    python benchmarks/export.py -o docs/results/speed/export.json
+    python -m benchmarks.cases.export -o docs/results/speed/export.json
 
 A Llama-like model of 16 layers with random weights, hidden size 2048, a narrow MLP and a small vocabulary, so that its
 attention is what costs. Query and value are adapted. ``step`` is forward, backward and an AdamW step on one batch;
@@ -13,37 +13,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from harness import DEVICE, Case, Run, interleave, parse, parser, write
-from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorma import LormaConfig
+from benchmarks.harness import Case, Run, contenders, interleave, parse, parser, write
+from benchmarks.harness.bases import llama
 from lorma.deltas.adapted import adapted_layers
 from lorma.export import export_lora_state_dict
 
 R = 16
+METHODS = {"pre": "lorma-plus", "post": "lorma-plus-post"}
 
 
 def measure(side: str, layers: int, width: int, rows: int, tokens: int, rounds: int) -> Case:
     """One side of the multiplier."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        intermediate_size=width // 2,
-        vocab_size=1024,
-    )
-    model: Any = get_peft_model(
-        LlamaForCausalLM(config).to(DEVICE),
-        LormaConfig(r=R, side=side, target_modules=["q_proj", "v_proj"], init_weights=False),
-    )
-    ids = torch.randint(0, 1024, (rows, tokens), device=DEVICE)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    heads = width // 64
+    size = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": width // 2,
+    }
+    base = llama(size, rows, tokens)
+    model: Any = contenders.build(METHODS[side], base.model, base.targets, R)
+    optimizer = torch.optim.AdamW(contenders.trainable(model), lr=1e-4)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**base.batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -64,9 +59,7 @@ def main() -> None:
     made.add_argument("--tokens", type=int, default=128, help="tokens of a row")
     arguments = parse(made)
     layers, width = (2, 128) if arguments.quick else (16, 2048)
-    cases = [
-        measure(side, layers, width, arguments.rows, arguments.tokens, arguments.rounds) for side in ("pre", "post")
-    ]
+    cases = [measure(side, layers, width, arguments.rows, arguments.tokens, arguments.rounds) for side in METHODS]
     write(arguments, {"cases": cases})
 
 

@@ -1,0 +1,1 @@
+"""Speed and memory, measured: ``harness`` is shared, ``cases`` measure, ``page`` shows what they found."""

@@ -1,0 +1,1 @@
+"""One module a benchmark: ``python -m benchmarks.cases.layer -o layer.json``."""

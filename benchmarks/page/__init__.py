@@ -1,0 +1,1 @@
+"""docs/speed.md, written from results: ``python -m benchmarks.page``."""
