@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -180,8 +181,6 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> dict[str, str]:
-    import psutil
-
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
     cores, threads = (
         f"{count} {name}{'s' * (count != 1)}"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
 
 from lorma.adapters.card import merged_card
 from lorma.adapters.untrusted import TensorInfo, copy_json
@@ -277,8 +278,6 @@ def _copy_files(base: Base, folder: Path) -> None:
 
 def _settle_tokenizer(base: Base, folder: Path) -> Any:
     """The base model's tokenizer, with the padding token of training; written where it is not copied as it is."""
-    from transformers import AutoTokenizer
-
     tokenizer: Any = AutoTokenizer.from_pretrained(base.path, **base.hub_kwargs())
     settled = tokenizer.pad_token is None and base.pad_token in tokenizer.get_vocab()
     if settled:
@@ -290,8 +289,6 @@ def _settle_tokenizer(base: Base, folder: Path) -> Any:
 
 def _generation_settings(adapted: Adapted) -> Any:
     """Those of a GGUF file, or of an older checkpoint, which keeps them in its config.json."""
-    from transformers import GenerationConfig
-
     if adapted.base.gguf_file and isinstance(adapted.weights, LoadedWeights):
         return adapted.weights.model.generation_config
     base = adapted.base

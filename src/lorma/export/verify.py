@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from lorma.deltas.adapted import NAME, Adapted, adapted_layers, own_name
 from lorma.errors import one_line
@@ -122,8 +123,6 @@ def _image(config: Any) -> Inputs:
 
 
 def _token_ids(base: Base) -> Tensor:
-    from transformers import AutoTokenizer
-
     try:
         with redirect_stderr(io.StringIO()):
             tokenizer: Any = AutoTokenizer.from_pretrained(base.path, **base.hub_kwargs())

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+from transformers.utils import cached_file
 
 from lorma.adapters.card import on_hub
 from lorma.errors import InputError, one_line
@@ -103,8 +106,6 @@ def read_config(base: Base) -> Any:
     Raises:
         InputError: it cannot be read, says that the weights are quantised, or belongs to no model.
     """
-    from transformers import AutoConfig
-
     if base.gguf_file:
         _check_gguf(base, base.gguf_file)
     try:
@@ -122,8 +123,6 @@ def read_config(base: Base) -> Any:
 
 def _check_gguf(base: Base, name: str) -> None:
     """Refuse a GGUF file that holds no model (``InputError``): of a LoRA, transformers would make one of 7B."""
-    from transformers.utils import cached_file
-
     try:
         found = cached_file(base.path, name, revision=base.revision)
         kind = gguf_values(Path(str(found)), ["general.type"]).get("general.type")
@@ -138,8 +137,6 @@ def _check_gguf(base: Base, name: str) -> None:
 
 def auto_class(base: Base, config: Any, task_type: str | None) -> Any:
     """The class that builds the model: an auto class, or the architecture that the configuration names."""
-    import transformers
-
     name = base.auto_model or AUTO_MODELS.get(str(getattr(task_type, "value", task_type)))
     if name is None:
         named = next(iter(getattr(config, "architectures", None) or ["AutoModel"]))

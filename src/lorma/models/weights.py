@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from lorma.adapters.untrusted import DTYPES, TensorInfo
 from lorma.errors import InputError, one_line
@@ -133,8 +135,6 @@ def load_whole(base: Base, model_class: Any) -> tuple[Any, set[str]]:
 
     What is unpacked from a GGUF file is in float32, other weights are in the precision they are stored in.
     """
-    import transformers
-
     kwargs: dict[str, Any] = {**base.hub_kwargs(), **base.model_kwargs}
     if base.gguf_file:
         kwargs["dtype"] = torch.float32
@@ -207,8 +207,6 @@ def _find_shards(base: Base) -> dict[str, str]:
 
 def base_file(base: Base, name: str, optional: bool = False) -> Any:
     """A file of the base model's folder or repository; None if it is optional and not there."""
-    from transformers.utils import cached_file
-
     try:
         found = cached_file(base.path, name, revision=base.revision, _raise_exceptions_for_missing_entries=not optional)
     except OSError as error:

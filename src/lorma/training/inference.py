@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 from lorma.adapters.card import base_code, predictor_code, use_code
 from lorma.adapters.folder import CONFIG_NAME, DELTA, WEIGHTS_NAME, check_whole_modules, read_adapter
@@ -173,9 +175,6 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         InputError: whatever is wrong with the folder, or does not fit the base model; one line.
     """
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
     adapter = read_adapter(folder)
     check_whole_modules(model, adapter)
     wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)  # type: ignore[arg-type]
