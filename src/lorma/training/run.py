@@ -116,7 +116,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
         if best and selection.best_step != trainer.state.global_step:
             trainer.load_weights(best)
         if processes().is_main_process:
-            trained = hooks.finish(trainer.context())
+            targets, trained = adapted_modules(model), hooks.finish(trainer.context())
             summary = _summary(
                 recipe,
                 task,
@@ -126,7 +126,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
                 trainer.state.max_steps,
                 counts,
                 prepared,
-                adapted_modules(model),
+                targets,
             )
             _save(trained, trainer, recipe, run, prepared.meta, settled, summary)
             write_atomic(run.summary_file, json.dumps(summary, indent=2) + "\n")
