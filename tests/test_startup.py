@@ -59,5 +59,6 @@ def test_names_of_the_package():
 
     assert lorma.LormaConfig is LormaConfig
     assert set(lorma.__all__) <= set(dir(lorma))
+    assert all(getattr(lorma, name) for name in lorma.__all__)
     with pytest.raises(AttributeError, match="module 'lorma' has no attribute 'LormaConfg'"):
         _ = lorma.LormaConfg

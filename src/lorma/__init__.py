@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorma.methods.lorma.tuner import LormaConfig, LormaModel, hotswap_adapter, prepare_for_hotswap
     from lorma.methods.tlora.tuner import TLoraConfig, TLoraModel
     from lorma.tuners.merge_state import MergeReport
+    from lorma.tuners.quantized import prepare_gguf_for_training
 
 __all__ = [
     "InputError",
@@ -40,6 +41,7 @@ _TUNERS = {
     ),
     **dict.fromkeys(("TLoraConfig", "TLoraModel"), "lorma.methods.tlora.tuner"),
     "MergeReport": "lorma.tuners.merge_state",
+    "prepare_gguf_for_training": "lorma.tuners.quantized",
 }
 
 

@@ -73,7 +73,7 @@ def load_yaml(text: str) -> Any:
         raise InputError(f"not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {error.problem}") from None
     except InputError:
         raise
-    except (YAMLError, ValueError) as error:
+    except (YAMLError, ValueError, IndexError, RecursionError) as error:
         raise InputError(f"not valid YAML: {str(error).splitlines()[0]}") from None
 
 

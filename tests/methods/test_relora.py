@@ -4,15 +4,18 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from helpers_cli import start_cli
+from lorma import LormaConfig
 from lorma.errors import InputError
 from lorma.methods import get_method
 from lorma.runs.directory import RunDirectory
 from lorma.runs.recipe import load_recipe
 from lorma.training.inference import load_predictor
 from lorma.training.run import train
+from lorma.tuners.surgery import extend_chain, restart
 
 ROWS = [{"text": "the movie was great"}, {"text": "the plot was dull and slow"}]
 SETTINGS = [
@@ -65,6 +68,27 @@ def test_rank_of_the_update(name, every, cycles, recipe_file, tmp_path):
     assert torch.linalg.matrix_rank(delta, rtol=1e-5) == 2 * cycles
 
 
+def test_short_cycles_train_too(recipe_file, tmp_path):
+    run = trained(recipe_file, tmp_path, "run", {"name": "relorma", "every": 1})
+    r, delta = update(run)
+    assert r == 24
+    assert torch.linalg.matrix_rank(delta, rtol=1e-5) > 2
+
+
+def test_finished_cycles_are_not_dropped():
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(6, 5)), LormaConfig(target_modules=["0"], lorma_dropout=0.5)
+    )
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(3, 6)
+    expected = model.eval()(x)
+    extend_chain(model)
+    restart(model, seed=1)
+    model.train()
+    assert torch.allclose(model(x), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["relorma", "relora"])
 def test_the_first_cycle_trains(name, recipe_file, tmp_path):
     run = trained(recipe_file, tmp_path, "run", {"name": name, "every": 12})
@@ -98,12 +122,15 @@ def test_options_of_a_recipe(recipe_file):
     recipe = load_recipe(file, ["method={name: relorma, every: 7}"])
     assert (recipe.method_name, recipe.method_options.every, recipe.method_options.keep) == ("relorma", 7, "chain")
     assert load_recipe(file, ["method=relorma", "method.every=7"]) == recipe
+    assert load_recipe(file, ["method.every=7", "method=relorma"]) == recipe
     assert load_recipe(file, ["method={name: lorma-plus}"]).method == "lorma-plus"
     for override, message in [
         ("method={name: relorma, evry: 7}", "method.evry: method 'relorma' has no such option; .*did you mean 'every'"),
         ("method={name: relorma, every: 0}", "method.every=0: "),
         ("method={name: relorma, inflation: permutation}", "method: keep=chain needs inflation=plus"),
         ("method={name: lorma-plus, every: 7}", "method.every: method 'lorma-plus' has no such option; it has none"),
+        ("method.every=7", "method.every: method 'lorma-plus' has no such option"),
+        ("method={name: 5}", "method={'name': 5}: allowed are a name, or a name and the method's options"),
         ("method={name: relroma}", "method='relroma' is unknown; .*did you mean 'relorma'"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -1,3 +1,4 @@
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -240,3 +241,15 @@ def test_parts_go_to_a_template_that_takes_them(write: Write, chat_tokenizer: Pr
     }
     made = prepare(chat_tokenizer, jsonl(write, [row]), messages="messages")
     assert learned(chat_tokenizer, made.train[0]) == "<|assistant|>b</s>"
+
+
+def test_a_template_that_leaves_a_role_out_refuses_it(write: Write, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}{{ m['role'] + ' : ' + m['content'] }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+    )
+    said = [{"role": role, "content": "hi"} for role in ("system", "user", "assistant")]
+    path = jsonl(write, [{"messages": said}])
+    with pytest.raises(InputError, match="message 1: .* ignores the field 'content' of the role 'system'"):
+        prepare(tokenizer, path, messages="messages")

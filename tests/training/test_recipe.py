@@ -259,3 +259,8 @@ def test_every_key_of_a_recipe_is_documented():
         missing += [key for key in (section, *keys) if not re.search(rf"^ *{key}:|`{key}`", page, re.MULTILINE)]
     assert len(Recipe.model_fields["data"].annotation.model_fields) > 15
     assert missing == []
+
+
+def test_a_single_mark_is_a_text(recipe_file):
+    assert load_recipe(recipe_file(), ["data.delimiter=|"]).data.delimiter == "|"
+    assert load_recipe(recipe_file(), ["seed=7"]).seed == 7

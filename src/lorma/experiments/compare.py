@@ -194,8 +194,8 @@ def _plan(recipe: Recipe, method: str, seed: int, choice: Choice | None) -> Plan
     if choice is not None:
         changes.append(f"adapter.r={choice.r}")
     output = str(Path(recipe.output) / f"{method}-seed{seed}")
-    chosen = json.dumps(recipe.method) if method == recipe.method_name else method
-    changes += [f"method={chosen}", f"seed={seed}", f"output={json.dumps(output)}"]
+    chosen = json.dumps(recipe.method, ensure_ascii=False) if method == recipe.method_name else method
+    changes += [f"method={chosen}", f"seed={seed}", f"output={json.dumps(output, ensure_ascii=False)}"]
     return Planned(_changed(recipe, changes), changes)
 
 
@@ -256,5 +256,9 @@ def _command(recipe_path: str, overrides: list[str], run: Planned, overwrite: bo
     start = shlex.split(launcher) if launcher else [sys.executable]
     further = ["--no-usage", *(["--overwrite"] if overwrite else [])]
     changed = [override_key(change) for change in run.changes]
-    kept = [override for override in overrides if override_key(override) not in changed]
+    kept = [
+        override
+        for override in overrides
+        if override_key(override) not in changed and not override_key(override).startswith("method.")
+    ]
     return [*start, "-m", "lorma", "train", recipe_path, *kept, *run.changes, *further]

@@ -75,7 +75,8 @@ class Allocation(Hooks):
             factor.grad = gradient if factor.grad is None else factor.grad + gradient
 
     def after_step(self, context: Context) -> None:
-        context.model.base_model.update_and_allocate(context.step)
+        if not context.skipped:  # whose gradients are infinite
+            context.model.base_model.update_and_allocate(context.step)
 
     def state_dict(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"trained/{path}": p.detach() for path, p in model.named_parameters() if p.requires_grad}

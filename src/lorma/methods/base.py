@@ -44,6 +44,8 @@ class Context:
     scheduler: Any
     step: int
     max_steps: int
+    skipped: bool = False
+    """Whether the optimizer has left the step out because gradients overflowed (float16)."""
 
 
 class Hooks:
@@ -60,6 +62,11 @@ class Hooks:
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    @property
+    def saves_model(self) -> bool:
+        """Whether ``finish`` returns a model without an adapter."""
+        return False
 
     def prepare(self, model: Any) -> None:
         """The adapter is on the model and nothing is written: refuse what is not possible (``InputError``)."""

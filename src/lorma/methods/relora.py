@@ -1,8 +1,8 @@
 """Cycles of low rank that add up to a high one: ReLoRA (arXiv 2307.05695), and ReLoRMA, the same with products.
 
 Every ``every`` optimizer steps a cycle ends: what was learnt is kept, A and B start anew, and the optimizer forgets
-most of what it knew of them (``prune``, the share of the smallest moments set to zero). The next steps warm up from a
-learning rate of zero (``warmup``). ReLoRMA's cycles multiply: ``W = (I + s·B_T·A_T)···(I + s·B_1·A_1)·W0``.
+most of what it knew of them (``prune``, the share of the smallest moments set to zero). In the next steps the learning
+rate rises to the schedule's (``warmup``). ReLoRMA's cycles multiply: ``W = (I + s·B_T·A_T)···(I + s·B_1·A_1)·W0``.
 
 * ``keep: chain``: finished cycles stay a frozen adapter beside the base weight, and the run saves one ordinary adapter
   of rank cycles·r (exactly: :func:`lorma.functional.compose_all`; a sum for ReLoRA). The base weight is never touched,
@@ -31,13 +31,18 @@ if TYPE_CHECKING:
     from lorma.schema import AdapterSpec
 
 
+TRAINED = "trained/"
+
+
 class CycleOptions(Options):
     """When a cycle ends, and what is kept of it."""
 
     every: int = Field(default=100, ge=1, description="optimizer steps of a cycle")
     keep: Literal["chain", "merged"] = Field(default="chain", description="finished cycles, as an adapter or in W0")
     prune: float = Field(default=0.9, ge=0, le=1, description="share of A's and B's moments that a new cycle forgets")
-    warmup: int = Field(default=5, ge=0, description="steps from a learning rate of zero in a new cycle")
+    warmup: int = Field(
+        default=5, ge=0, description="steps in which the learning rate rises in a new cycle (fewer than every)"
+    )
 
 
 class MultipliedCycleOptions(CycleOptions):
@@ -53,7 +58,12 @@ class MultipliedCycleOptions(CycleOptions):
 
 
 class Cycles(Hooks):
-    """Ends cycles; remembers how many there were and what they have left."""
+    """Ends cycles; remembers how many there were and what they have left.
+
+    It brings the trained weights back itself: PEFT's file would not know the chain.
+    """
+
+    restores_weights = True
 
     def __init__(self, options: CycleOptions) -> None:
         super().__init__(options)
@@ -64,13 +74,27 @@ class Cycles(Hooks):
         """Whether finished cycles go into the base weight."""
         return bool(self.options.keep == "merged")
 
+    @property
+    def saves_model(self) -> bool:
+        return self.merged
+
     def prepare(self, model: Any) -> None:
         import torch
 
-        from lorma.tuners.surgery import adapted_layers
+        from lorma.tuners.surgery import adapted_layers, has_chain_form
 
-        for path, layer in adapted_layers(model) if self.merged else ():
+        for path, layer in adapted_layers(model):
+            if not self.merged:
+                if not has_chain_form(layer):
+                    raise InputError(
+                        f"method.keep='chain' is not possible on {path}, which is no linear layer; leave it out of "
+                        "adapter.target_modules, or take keep=merged"
+                    )
+                continue
             weight = getattr(layer.get_base_layer(), "weight", None)
+            names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is weight]
+            if len(names) > 1:
+                raise InputError(f"method.keep='merged' would change {' and '.join(names)}, which are one weight")
             dtype = getattr(weight, "dtype", None)
             if dtype not in (torch.float32, torch.float64):
                 raise InputError(
@@ -80,9 +104,11 @@ class Cycles(Hooks):
 
     def before_step(self, context: Context) -> None:
         done = context.step - self.cycles * self.options.every
-        if self.cycles and done < self.options.warmup:
-            for group in context.optimizer.param_groups:  # which the schedule sets anew for each step
-                group["lr"] *= done / self.options.warmup
+        warmup = min(self.options.warmup, self.options.every - 1)
+        if self.cycles and done < warmup:
+            rates = context.scheduler.get_last_lr()
+            for group, rate in zip(context.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (done + 1) / (warmup + 1)
 
     def after_step(self, context: Context) -> None:
         from lorma.tuners.surgery import adapter_pairs, extend_chain, fold, prune_moments, restart
@@ -113,19 +139,21 @@ class Cycles(Hooks):
             kept = {path: layer.get_base_layer().weight.detach() for path, layer in adapted_layers(model)}
         else:
             kept = chain_tensors(model)
-        return kept, {"cycles": self.cycles}
+        trained = {f"{TRAINED}{path}": p.detach() for path, p in model.named_parameters() if p.requires_grad}
+        return kept | trained, {"cycles": self.cycles}
 
     def load_state_dict(self, model: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         from lorma.tuners.surgery import adapted_layers, load_chain
 
         self.cycles = values["cycles"]
-        if not self.merged:
+        if self.merged:
+            for path, layer in adapted_layers(model):
+                layer.get_base_layer().weight.data.copy_(tensors[path])
+        else:
             load_chain(model, tensors)
-            return
-        for path, layer in adapted_layers(model):
-            if path in tensors:
-                weight = layer.get_base_layer().weight
-                weight.data.copy_(tensors[path])
+        for path, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(tensors[f"{TRAINED}{path}"])
 
 
 @register_method(

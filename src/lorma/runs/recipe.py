@@ -17,6 +17,9 @@ from lorma.tasks.files import read_text
 from lorma.tasks.table import PACKAGED
 from lorma.yaml_text import dump_yaml, load_yaml
 
+DEFAULT_METHOD = "lorma-plus"
+DELIMITERS = ("|", ";", ",", ":", "\t")
+
 
 class Recipe(Section):
     """A training run, fully described. See each section's class for its keys."""
@@ -24,7 +27,7 @@ class Recipe(Section):
     task: str
     model: Annotated[ModelSpec, OrEmpty]
     data: Annotated[DataSpec, OrEmpty]
-    method: str | dict[str, Any] = "lorma-plus"
+    method: str | dict[str, Any] = DEFAULT_METHOD
     adapter: Annotated[AdapterSpec, OrEmpty] = AdapterSpec()
     train: Annotated[TrainSpec, OrEmpty] = TrainSpec()
     compare: Annotated[CompareSpec, OrEmpty] = CompareSpec()
@@ -46,11 +49,14 @@ class Recipe(Section):
     @classmethod
     def _one_spelling(cls, content: Any) -> Any:
         """A method by its name alone where its options are the defaults, else with those that are not."""
-        method = content.get("method", "lorma-plus") if isinstance(content, dict) else None
+        method = content.get("method", DEFAULT_METHOD) if isinstance(content, dict) else None
         if isinstance(method, str):
             method = {"name": method}
-        if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        if not isinstance(method, dict):
             return content
+        method = {"name": DEFAULT_METHOD, **method}
+        if not isinstance(method["name"], str) or not all(isinstance(key, str) for key in method):
+            raise InputError(f"method={method!r}: allowed are a name, or a name and the method's options")
         options = get_method(method["name"]).read_options({k: v for k, v in method.items() if k != "name"})
         changed = options.model_dump(exclude_defaults=True)
         return {**content, "method": {"name": method["name"], **changed} if changed else method["name"]}
@@ -106,7 +112,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, many_ru
     for override, key in zip(overrides or [], given, strict=True):
         if given.count(key) > 1:
             raise InputError(f"override {override!r}: {key!r} is given {given.count(key)} times")
-        apply_override(content, override)
+    for override in sorted(overrides or [], key=lambda override: override_key(override).count(".")):
+        apply_override(content, override)  # a whole section before its keys
     recipe = parse_recipe({"output": f"runs/{file.stem}", **content})
     output = recipe.output
     if "output" not in content and not many_runs:
@@ -166,7 +173,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise InputError(f"override {override!r} is not of the form section.key=value")
     try:
-        value = load_yaml(text) if text else None
+        # A delimiter alone is a text, whatever it means in YAML.
+        value = text if text in DELIMITERS else load_yaml(text) if text else None
     except InputError as error:
         raise InputError(f"override {override!r}: {error}") from None
     *sections, last = key.split(".")

@@ -178,7 +178,7 @@ class ChatTemplate:
                 kind = (message["role"], name)
                 if name in ("role", *IDENTITIES) or value in (None, "", [], {}) or kind in self._written:
                     continue
-                if name == "content" and isinstance(value, str):
+                if isinstance(value, str) and not value.strip():
                     continue
                 until = chat.messages[:number]
                 without = {key: item for key, item in message.items() if key != name}

@@ -44,6 +44,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # a template is a program, and one that is not used need not run
         return None
+    if ANSWER not in text:  # a template of parts, say
+        return None
     rest = text.rpartition(ANSWER)[2]
     ends = {rest.find(token.content): number for number, token in tokenizer.added_tokens_decoder.items()}
     first = min((place for place in ends if place >= 0), default=None)

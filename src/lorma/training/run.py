@@ -68,7 +68,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     model = attach(base, method, recipe.adapter, task.peft_task_type, options)
     hooks.prepare(model)
     if processes().is_main_process:
-        try_saving(recipe.model, model, tokenizer, notes.append)
+        saved = model.get_base_model() if hooks.saves_model else model
+        try_saving(recipe.model, saved, tokenizer, notes.append)
     if recipe.train.gradient_checkpointing:
         base.enable_input_require_grads()
 

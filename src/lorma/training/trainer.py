@@ -39,8 +39,8 @@ class MethodTrainer(Trainer):
 
     def context(self) -> Context:
         """Where training stands, for the method's hooks."""
-        state = self.state
-        return Context(self.plain_model, self.optimizer, self.lr_scheduler, state.global_step, state.max_steps)
+        state, skipped = self.state, self.accelerator.optimizer_step_was_skipped
+        return Context(self.plain_model, self.optimizer, self.lr_scheduler, state.global_step, state.max_steps, skipped)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.method.optimizer is not None and self.optimizer is None:

@@ -53,7 +53,7 @@ class Factors(nn.ParameterDict):
 
     def share(self, key: str, other: Factors) -> None:
         """Hold what ``other`` holds under ``key``: one tensor, whatever becomes of it, under two names."""
-        self.add_module(key, other._modules[key])
+        self._modules[key] = other._modules[key]
         self._keys[key] = None
 
     def is_saved(self, key: str) -> bool:
@@ -62,7 +62,7 @@ class Factors(nn.ParameterDict):
 
     def _new(self, key: str) -> Factor:
         factor = Factor()
-        self.add_module(key, factor)
+        self._modules[key] = factor  # not add_module, which refuses adapters that are called as a method of this class
         self._keys[key] = None
         return factor
 

@@ -52,11 +52,20 @@ def _parameter(factor: Any) -> nn.Parameter:
     return cast(nn.Parameter, factor if isinstance(factor, Tensor) else factor.weight)
 
 
+def has_chain_form(layer: Any) -> bool:
+    """Whether finished cycles of a layer can be one adapter beside the trained one."""
+    if isinstance(layer, LoraLayer):
+        return DEFAULT in layer.lora_A and isinstance(layer.lora_A[DEFAULT], nn.Linear)
+    return hasattr(layer, "joined")
+
+
 def restart(model: nn.Module, adapter: str = DEFAULT, seed: int = 0) -> None:
     """Set the factors of an adapter to a start of training, drawn from ``seed`` alone; the parameters stay the same."""
-    with torch.random.fork_rng(devices=[]):
+    layers = adapted_layers(model, adapter)
+    placed = {factor.device for _, layer in layers for factor in _pair(layer, adapter)}
+    with torch.random.fork_rng(devices=[device for device in placed if device.type == "cuda"]):
         torch.manual_seed(seed)
-        for _, layer in adapted_layers(model, adapter):
+        for _, layer in layers:
             if isinstance(layer, LoraLayer):
                 layer.reset_lora_parameters(adapter, True)
             else:
@@ -137,7 +146,7 @@ def _factors(layer: Any) -> Any:
 
 
 def _pair(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    name = next(name for name in layer.adapter_layer_names if name.endswith("_A"))
+    name = next(n for n in layer.adapter_layer_names if n.endswith("_A") and adapter in getattr(layer, n))
     A, B = (_parameter(getattr(layer, n)[adapter]) for n in (name, f"{name[:-1]}B"))
     return A, B
 
@@ -149,8 +158,13 @@ def _alpha(config: Any) -> str:
 def _add(model: Any, layer: Any, adapter: str, target: str, r: int) -> None:
     """Give a layer an adapter like ``adapter``, of rank r and scaling 1; no random number is used up for its start."""
     config = replace(model.peft_config[adapter], use_rslora=False)
+    if target == CHAIN:  # which stands for a weight, and is not dropped
+        config = replace(config, **{_alpha(config).replace("alpha", "dropout"): 0.0})
+    dtype = _pair(layer, adapter)[0].dtype
     with torch.random.fork_rng(devices=[]):
         layer.update_layer(target, config=config, r=r, **{_alpha(config): r})
+    for factor in _pair(layer, target):  # PEFT's LoRA gives them the dtype of the base weight
+        factor.data = factor.data.to(dtype)
 
 
 def _join(model: Any, layer: Any, adapter: str, target: str) -> None:
