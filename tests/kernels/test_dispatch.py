@@ -97,7 +97,7 @@ def folding(monkeypatch):
 
 
 def folded(adapted):
-    held = adapted._folded._held
+    held = adapted._folded._cached
     return None if held is None else held[0]
 
 
